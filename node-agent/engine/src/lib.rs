@@ -1,0 +1,10 @@
+//! The block engine of MARS: transaction log, overlay, write-back, recovery, lineage and replication protocol.
+//!
+//! Sans-io: no threads, no sockets, no clock of its own. The agent drives it on real files, the simulator on a
+//! simulated disk; both drive the same code.
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod lineage;
+pub mod store;
+pub mod types;
