@@ -1,4 +1,4 @@
-//! The surface of [`Owner`](crate::owner::Owner): what goes in (requests, events, commands) and what comes out (actions).
+//! The surface of the `Owner`: what goes in (requests, events, commands) and what comes out (actions).
 //!
 //! Everything is data. `submit`, `command` and `handle` never block on anything slower than a write into the page
 //! cache; slow work leaves as [`Action::Job`] and comes back as [`Event::JobDone`]. Whoever drives an owner (a shard
@@ -364,7 +364,9 @@ pub struct Tuning {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// Lower (or equal with another id) than what is persisted here.
-    #[error("designation {asked} is not newer than {known}, which this replica has persisted: ask the operator for a newer one")]
+    #[error(
+        "designation {asked} is not newer than {known}, which this replica has persisted: ask the operator for a newer one"
+    )]
     StaleDesignation {
         /// What came.
         asked: u64,

@@ -5,6 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod format;
+pub mod jobs;
 pub mod lineage;
+pub mod replication;
 pub mod store;
 pub mod types;

@@ -1,7 +1,7 @@
 //! What the engine needs of the machine: files it can write, sync, create and remove. Nothing else.
 //!
-//! The same engine runs on real files ([`fs`](crate::store_fs)) and on the simulated disk
-//! ([`sim`](crate::store_sim)), where process death and power loss are different events.
+//! The same engine runs on real files (`store_fs`) and on the simulated disk
+//! (`store_sim`), where process death and power loss are different events.
 //!
 //! Invariant: the engine assumes nothing durable that was not covered by a `sync` (file contents) or a `sync_dir`
 //! (existence of files) that returned `Ok` after the change, and believes no retry of a `sync` that failed once.
@@ -63,7 +63,7 @@ pub trait StoreFile: Clone + Send + Sync + 'static {
     ///
     /// # Errors
     /// Any I/O error.
-    fn len(&self) -> io::Result<u64>;
+    fn size(&self) -> io::Result<u64>;
     /// The next range at or after `from` that may hold something other than zeros (`SEEK_DATA`/`SEEK_HOLE`); `None`
     /// when only holes follow. A store that cannot tell returns everything as one range.
     ///

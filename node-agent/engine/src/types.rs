@@ -103,23 +103,16 @@ impl fmt::Display for Chain {
 
 impl Serialize for Chain {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let hex: String = self.0.iter().map(|byte| format!("{byte:02x}")).collect();
-        serializer.serialize_str(&hex)
+        serializer.collect_str(&blake3::Hash::from_bytes(self.0).to_hex())
     }
 }
 
 impl<'de> Deserialize<'de> for Chain {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let wrong = || serde::de::Error::custom("a chain hash is 64 hexadecimal digits");
-        if text.len() != 64 || !text.is_ascii() {
-            return Err(wrong());
-        }
-        let mut chain = [0; 32];
-        for (index, byte) in chain.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[index * 2..index * 2 + 2], 16).map_err(|_| wrong())?;
-        }
-        Ok(Chain(chain))
+        let hash = blake3::Hash::from_hex(&text)
+            .map_err(|_| serde::de::Error::custom("a chain hash is 64 hexadecimal digits"))?;
+        Ok(Chain(*hash.as_bytes()))
     }
 }
 

@@ -1,0 +1,3 @@
+//! Bytes on disk. `docs/format.md` describes them with reasons.
+
+pub mod record;
