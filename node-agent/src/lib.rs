@@ -1,1 +1,6 @@
-//! Skeleton.
+//! The node agent of MARS: it turns `MarsReplica.spec` into engine commands and block devices, and reports facts.
+//!
+//! Invariant: the data path (shards, frontends, replication) never waits for the API server, and nothing that is
+//! absent – an object, a directory, a mount – makes the agent delete, recreate or overwrite data.
+
+pub mod identity;

@@ -1,0 +1,3 @@
+//! The binary `mars-node-agent`.
+
+fn main() {}
