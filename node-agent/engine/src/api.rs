@@ -254,6 +254,27 @@ pub struct ReplicaStatus {
     pub log_bytes: u64,
 }
 
+/// What a replica may show of its log to other members at one moment. A server of log reads the segment files
+/// itself, from this, without going through the owner; nothing beyond `durable` is in it (P6).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogView {
+    /// The segments that hold durable records, ascending; each ends where the next one begins, the last at `durable`.
+    pub segments: Vec<SegmentView>,
+    /// End of the local log on stable storage.
+    pub durable: Position,
+    /// History up to `durable`.
+    pub lineage: Lineage,
+}
+
+/// One segment of a [`LogView`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentView {
+    /// Its file.
+    pub name: crate::store::SegmentName,
+    /// Where its content begins in the history.
+    pub start: Position,
+}
+
 /// Why an epoch begins.
 pub use crate::lineage::Cause;
 
