@@ -211,6 +211,27 @@ pub struct SyncProgress {
     pub consistent_at: Option<Lsn>,
 }
 
+/// What a member has reported, as far as log retention is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Who.
+    pub replica: ReplicaId,
+    /// Last reported durable position on our history; `None` before the first report: then all log is kept for it.
+    pub durable: Option<Position>,
+    /// Set when log that it still needs was given up (retention budget exceeded): it comes back by a sync.
+    pub orphaned: bool,
+}
+
+/// After `open`: this replica was primary when it stopped, and nothing newer is persisted here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resumable {
+    /// The designation under which it was primary.
+    pub designation: Designation,
+    /// Same boot id: the agent may send `Resume` unless a peer that answers knows a newer designation. Otherwise only after
+    /// the API, or all members, said that none is newer.
+    pub same_boot: bool,
+}
+
 /// Everything worth knowing about a replica at one moment; published whenever it changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplicaStatus {
@@ -252,6 +273,10 @@ pub struct ReplicaStatus {
     pub overlay_bytes: u64,
     /// Bytes of log files on disk.
     pub log_bytes: u64,
+    /// Set between `open` and the decision about the role it had before.
+    pub resumable: Option<Resumable>,
+    /// Members whose reports hold back log deletion.
+    pub members: Vec<MemberStatus>,
 }
 
 /// What a replica may show of its log to other members at one moment. A server of log reads the segment files
@@ -288,6 +313,19 @@ pub enum Command {
         designation: Designation,
         /// `Create`, `Handover` or `Failover`.
         cause: Cause,
+    },
+    /// Go on as the primary that this replica was before a restart (see [`Resumable`]): loads the local log, keeps the epoch
+    /// after a mere restart, else starts one with cause `Recovery`, then replies with where it goes on.
+    Resume {
+        /// Exactly the designation of [`Resumable`]; refused when a newer one is persisted.
+        designation: Designation,
+    },
+    /// Become secondary because a newer designation names somebody else: stop accepting, make everything durable and persist
+    /// the role, without a `Close` record (so that a history that did not fork stays unforked), then reply with the end.
+    /// The caller has made sure that the device is not in use.
+    StepDown {
+        /// The newer designation.
+        designation: Designation,
     },
     /// Stop accepting, make `Close(to, number)` durable, write back, become secondary, then reply.
     Close {

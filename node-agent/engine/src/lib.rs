@@ -8,6 +8,7 @@ pub mod api;
 pub mod format;
 pub mod jobs;
 pub mod lineage;
+pub mod owner;
 pub mod replication;
 pub mod store;
 pub mod types;
