@@ -1,15 +1,13 @@
 //! The replication protocol, sans-io: what is said between members, and what each side does with it.
+//!
+//! A secondary pulls. Nothing here opens a socket, reads a file or a clock: the agent (`node-agent/src/replication`) and
+//! the simulator drive the same decisions.
+//!
+//! Invariants: log travels only as a [`LogChunk`], which exists only after its chain was recomputed (P7, P10); only
+//! durable positions are told to others (P6); data is copied only into a replica that says it is not consistent (P5, P11).
 
-use crate::format::record::Record;
-use crate::types::Position;
+pub mod chunk;
+pub mod codec;
+pub mod messages;
 
-/// A run of records of one epoch, proven: `end.chain` was recomputed from `start.chain` over these very records.
-#[derive(Debug, Clone)]
-pub struct LogChunk {
-    /// Where the first record begins.
-    pub start: Position,
-    /// Where the last one ends.
-    pub end: Position,
-    /// The records, in order.
-    pub records: Vec<Record>,
-}
+pub use chunk::{ChunkClaim, ChunkError, LogChunk};
