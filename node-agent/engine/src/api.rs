@@ -96,6 +96,7 @@ pub enum Compression {
 
 /// Independent switches of a replica, remembered across restarts; the wish side (`todo`) of each activity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Switches {
     /// Transfer log from other members.
     pub fetch: bool,
@@ -105,6 +106,17 @@ pub struct Switches {
     pub sync: bool,
     /// Hold each record back until it is this old.
     pub apply_delay: Duration,
+}
+
+impl Default for Switches {
+    fn default() -> Self {
+        Switches {
+            fetch: true,
+            replay: true,
+            sync: true,
+            apply_delay: Duration::ZERO,
+        }
+    }
 }
 
 /// The role a replica has now: the fact, not the wish.
@@ -404,8 +416,9 @@ pub enum Command {
     Shutdown,
 }
 
-/// What may change while a replica runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What may change while a replica runs; persisted, so that a restart without the API server keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Tuning {
     /// When writes must be durable.
     pub durability: Durability,

@@ -11,6 +11,7 @@ pub mod lineage;
 pub mod overlay;
 pub mod owner;
 pub mod replication;
+pub mod state;
 pub mod store;
 pub mod types;
 pub mod writeback;
