@@ -4,3 +4,5 @@
 //! absent – an object, a directory, a mount – makes the agent delete, recreate or overwrite data.
 
 pub mod identity;
+pub mod layout;
+pub mod pool;
