@@ -90,21 +90,31 @@ impl Identity {
         struct VersionOnly {
             format_version: u32,
         }
-        let corrupt = |error: serde_json::Error| IdentityError::Corrupt { path: path.clone(), reason: error.to_string() };
+        let corrupt = |error: serde_json::Error| IdentityError::Corrupt {
+            path: path.clone(),
+            reason: error.to_string(),
+        };
         let VersionOnly { format_version: found } = serde_json::from_slice(bytes).map_err(corrupt)?;
         if found != FORMAT_VERSION {
             return Err(IdentityError::Version { path, found });
         }
         let file: IdentityFile = serde_json::from_slice(bytes).map_err(corrupt)?;
         if file.node_uuid.is_nil() {
-            return Err(IdentityError::Corrupt { path, reason: "the node uuid is nil".into() });
+            return Err(IdentityError::Corrupt {
+                path,
+                reason: "the node uuid is nil".into(),
+            });
         }
         Ok(Identity { path, file })
     }
 
     fn create(layout: &Layout, path: PathBuf, node_name: &str) -> Result<Identity, IdentityError> {
         let replicas = layout.replicas_dir();
-        if fs::read_dir(&replicas).map_err(io_error("list", &replicas))?.next().is_some() {
+        if fs::read_dir(&replicas)
+            .map_err(io_error("list", &replicas))?
+            .next()
+            .is_some()
+        {
             return Err(LayoutError::Missing { path }.into());
         }
         let file = IdentityFile {
@@ -119,8 +129,10 @@ impl Identity {
     }
 
     fn save(&self) -> Result<(), IdentityError> {
-        let json = serde_json::to_vec_pretty(&self.file)
-            .map_err(|error| IdentityError::Corrupt { path: self.path.clone(), reason: error.to_string() })?;
+        let json = serde_json::to_vec_pretty(&self.file).map_err(|error| IdentityError::Corrupt {
+            path: self.path.clone(),
+            reason: error.to_string(),
+        })?;
         Ok(layout::write_atomically(&self.path, &json)?)
     }
 
@@ -143,9 +155,11 @@ impl Identity {
     pub fn adopt(&mut self, cluster: ClusterId) -> Result<(), IdentityError> {
         match self.file.cluster_uuid {
             Some(ours) if ours == cluster.0 => Ok(()),
-            Some(ours) => {
-                Err(IdentityError::OtherCluster { ours, theirs: cluster.0, path: self.path.clone() })
-            }
+            Some(ours) => Err(IdentityError::OtherCluster {
+                ours,
+                theirs: cluster.0,
+                path: self.path.clone(),
+            }),
             None => {
                 self.file.cluster_uuid = Some(cluster.0);
                 self.save()
@@ -166,10 +180,12 @@ impl BootId {
     pub fn read(file: Option<&Path>) -> Result<BootId, IdentityError> {
         let path = file.unwrap_or(Path::new("/proc/sys/kernel/random/boot_id"));
         let text = fs::read_to_string(path).map_err(io_error("read", path))?;
-        Uuid::parse_str(text.trim()).map(BootId).map_err(|error| IdentityError::Corrupt {
-            path: path.to_path_buf(),
-            reason: format!("not a boot id: {error}"),
-        })
+        Uuid::parse_str(text.trim())
+            .map(BootId)
+            .map_err(|error| IdentityError::Corrupt {
+                path: path.to_path_buf(),
+                reason: format!("not a boot id: {error}"),
+            })
     }
 }
 
@@ -178,7 +194,11 @@ mod tests {
     use super::*;
 
     fn prepared(root: &Path) -> (Layout, layout::DirLock) {
-        let layout = Layout { state_dir: root.to_path_buf(), run_dir: root.join("run"), dev_dir: root.join("dev") };
+        let layout = Layout {
+            state_dir: root.to_path_buf(),
+            run_dir: root.join("run"),
+            dev_dir: root.join("dev"),
+        };
         let lock = layout.prepare().unwrap();
         (layout, lock)
     }

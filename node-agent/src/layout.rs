@@ -112,7 +112,9 @@ impl Layout {
     /// The state directory is missing, half of it is missing, or another agent holds it.
     pub fn prepare(&self) -> Result<DirLock, LayoutError> {
         if !self.state_dir.is_dir() {
-            return Err(LayoutError::Missing { path: self.state_dir.clone() });
+            return Err(LayoutError::Missing {
+                path: self.state_dir.clone(),
+            });
         }
         let (node, replicas) = (self.node_dir(), self.replicas_dir());
         match (node.is_dir(), replicas.is_dir()) {
@@ -167,9 +169,10 @@ impl DirLock {
             .into();
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(DirLock { _file: file }),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                Err(LayoutError::Locked { path: path.to_path_buf(), holder: lock_holder(&file) })
-            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(LayoutError::Locked {
+                path: path.to_path_buf(),
+                holder: lock_holder(&file),
+            }),
             Err(errno) => Err(io_error("lock", path)(errno.into())),
         }
     }
@@ -178,8 +181,12 @@ impl DirLock {
 /// ` (pid N, name)` of whoever holds an flock on the file, from /proc/locks; empty when unknown.
 fn lock_holder(file: &File) -> String {
     use std::os::unix::fs::MetadataExt;
-    let Ok(metadata) = file.metadata() else { return String::new() };
-    let Ok(locks) = fs::read_to_string("/proc/locks") else { return String::new() };
+    let Ok(metadata) = file.metadata() else {
+        return String::new();
+    };
+    let Ok(locks) = fs::read_to_string("/proc/locks") else {
+        return String::new();
+    };
     let inode = format!(":{}", metadata.ino());
     locks
         .lines()
@@ -202,8 +209,12 @@ fn lock_holder(file: &File) -> String {
 pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), LayoutError> {
     let aside = path.with_extension("new");
     let write = |aside: &Path| -> io::Result<()> {
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(aside)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(aside)?;
         file.write_all(content)?;
         file.sync_all()
     };
@@ -217,7 +228,9 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> Result<(), LayoutError> 
 /// # Errors
 /// Any I/O error.
 pub fn sync_dir(dir: &Path) -> Result<(), LayoutError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error("sync", dir))
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(io_error("sync", dir))
 }
 
 /// Removes a file, durably; one that is not there is fine.
@@ -237,7 +250,11 @@ mod tests {
     use super::*;
 
     fn layout(root: &Path) -> Layout {
-        Layout { state_dir: root.join("store"), run_dir: root.join("run"), dev_dir: root.join("dev") }
+        Layout {
+            state_dir: root.join("store"),
+            run_dir: root.join("run"),
+            dev_dir: root.join("dev"),
+        }
     }
 
     #[test]

@@ -87,7 +87,9 @@ pub enum BackingError {
         need_bytes: u64,
     },
     /// It holds something.
-    #[error("{path} holds a foreign {found}: not a byte was written. Set `overwrite: true` on this replica if it may be lost")]
+    #[error(
+        "{path} holds a foreign {found}: not a byte was written. Set `overwrite: true` on this replica if it may be lost"
+    )]
     ForeignSignature {
         /// The disk.
         path: PathBuf,
@@ -118,7 +120,9 @@ pub enum BackingError {
         is: String,
     },
     /// Spec and record differ.
-    #[error("this replica's data is on {recorded}, its spec says {wished}: moving data is not done by editing; leave and join instead")]
+    #[error(
+        "this replica's data is on {recorded}, its spec says {wished}: moving data is not done by editing; leave and join instead"
+    )]
     Moved {
         /// Recorded place.
         recorded: String,
@@ -126,7 +130,9 @@ pub enum BackingError {
         wished: String,
     },
     /// Not enough room in the pool.
-    #[error("pool {pool} has {available_bytes} bytes left, the replica needs {need_bytes}: make room or use another pool")]
+    #[error(
+        "pool {pool} has {available_bytes} bytes left, the replica needs {need_bytes}: make room or use another pool"
+    )]
     PoolFull {
         /// The pool.
         pool: String,
@@ -176,7 +182,14 @@ impl BackingRecord {
             (BackingRecord::File { pool, .. }, BackingWish::Pool(wished)) => pool == wished,
             _ => false,
         };
-        if same { Ok(()) } else { Err(BackingError::Moved { recorded: self.describe(), wished: wish.describe() }) }
+        if same {
+            Ok(())
+        } else {
+            Err(BackingError::Moved {
+                recorded: self.describe(),
+                wished: wish.describe(),
+            })
+        }
     }
 }
 
@@ -204,9 +217,10 @@ pub fn claim_fresh(request: FreshRequest<'_>, pools: &mut Pools, mars: &MarsDevi
             check_size(path, backing.size_bytes, request.size_bytes)?;
             let found = signature::find(&backing._claim, backing.size_bytes).map_err(io_error("read", path))?;
             match found {
-                Some(found) if !request.overwrite => {
-                    Err(BackingError::ForeignSignature { path: path.clone(), found })
-                }
+                Some(found) if !request.overwrite => Err(BackingError::ForeignSignature {
+                    path: path.clone(),
+                    found,
+                }),
                 _ => Ok(backing),
             }
         }
@@ -222,16 +236,27 @@ pub fn claim_fresh(request: FreshRequest<'_>, pools: &mut Pools, mars: &MarsDevi
 ///
 /// # Errors
 /// It is missing, another one, too small, or in use.
-pub fn claim_known(record: &BackingRecord, size_bytes: u64, pools: &mut Pools, mars: &MarsDevices) -> Result<Backing, BackingError> {
+pub fn claim_known(
+    record: &BackingRecord,
+    size_bytes: u64,
+    pools: &mut Pools,
+    mars: &MarsDevices,
+) -> Result<Backing, BackingError> {
     let backing = match record {
         BackingRecord::Device { path, medium } => {
             let missing = |error: BackingError| match error {
-                BackingError::NoDevice { path } => BackingError::DataMissing { path, reason: "no such device".into() },
+                BackingError::NoDevice { path } => BackingError::DataMissing {
+                    path,
+                    reason: "no such device".into(),
+                },
                 other => other,
             };
             let backing = claim_device(path, mars).map_err(missing)?;
             check_medium(path, medium, &backing.record)?;
-            Backing { record: record.clone(), ..backing }
+            Backing {
+                record: record.clone(),
+                ..backing
+            }
         }
         BackingRecord::File { pool, pool_uuid, file } => {
             let found = pools.open(pool)?;
@@ -254,11 +279,16 @@ pub fn claim_known(record: &BackingRecord, size_bytes: u64, pools: &mut Pools, m
 /// # Errors
 /// The pool is absent, or the file cannot be removed.
 pub fn delete(record: &BackingRecord, pools: &mut Pools) -> Result<(), BackingError> {
-    let BackingRecord::File { pool, pool_uuid, file } = record else { return Ok(()) };
+    let BackingRecord::File { pool, pool_uuid, file } = record else {
+        return Ok(());
+    };
     let found = pools.open(pool)?;
     if found.uuid != *pool_uuid {
         let reason = format!("pool {pool} now has uuid {}, the data is in {pool_uuid}", found.uuid);
-        return Err(BackingError::DataMissing { path: found.directory.join(file), reason });
+        return Err(BackingError::DataMissing {
+            path: found.directory.join(file),
+            reason,
+        });
     }
     Ok(crate::layout::remove_durably(&found.directory.join(file))?)
 }
@@ -267,13 +297,22 @@ fn check_size(path: &Path, have_bytes: u64, need_bytes: u64) -> Result<(), Backi
     if have_bytes >= need_bytes {
         return Ok(());
     }
-    Err(BackingError::TooSmall { path: path.to_path_buf(), have_bytes, need_bytes })
+    Err(BackingError::TooSmall {
+        path: path.to_path_buf(),
+        have_bytes,
+        need_bytes,
+    })
 }
 
 fn check_medium(path: &Path, recorded: &[(String, String)], now: &BackingRecord) -> Result<(), BackingError> {
-    let BackingRecord::Device { medium: now, .. } = now else { return Ok(()) };
+    let BackingRecord::Device { medium: now, .. } = now else {
+        return Ok(());
+    };
     for (attribute, was) in recorded {
-        let is = now.iter().find(|(name, _)| name == attribute).map_or("", |(_, value)| value);
+        let is = now
+            .iter()
+            .find(|(name, _)| name == attribute)
+            .map_or("", |(_, value)| value);
         if is != was {
             return Err(BackingError::OtherMedium {
                 path: path.to_path_buf(),
@@ -290,16 +329,29 @@ fn check_medium(path: &Path, recorded: &[(String, String)], now: &BackingRecord)
 fn claim_device(path: &Path, mars: &MarsDevices) -> Result<Backing, BackingError> {
     let device = match DevNo::of_block_device(path) {
         Ok(Some(device)) => device,
-        Ok(None) => return Err(BackingError::NotABlockDevice { path: path.to_path_buf() }),
+        Ok(None) => {
+            return Err(BackingError::NotABlockDevice {
+                path: path.to_path_buf(),
+            });
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(BackingError::NoDevice { path: path.to_path_buf() });
+            return Err(BackingError::NoDevice {
+                path: path.to_path_buf(),
+            });
         }
         Err(error) => return Err(io_error("examine", path)(error).into()),
     };
     mars.refuse_stacked(path)?;
     let in_use = |users: Vec<String>| {
-        let users = if users.is_empty() { "the kernel says busy".to_owned() } else { users.join("; ") };
-        BackingError::InUse { path: path.to_path_buf(), users }
+        let users = if users.is_empty() {
+            "the kernel says busy".to_owned()
+        } else {
+            users.join("; ")
+        };
+        BackingError::InUse {
+            path: path.to_path_buf(),
+            users,
+        }
     };
     let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
     let mut claim: File = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -313,8 +365,16 @@ fn claim_device(path: &Path, mars: &MarsDevices) -> Result<Backing, BackingError
         return Err(in_use(users));
     }
     let size_bytes = claim.seek(SeekFrom::End(0)).map_err(io_error("measure", path))?;
-    let record = BackingRecord::Device { path: path.to_path_buf(), medium: device.medium_identity() };
-    Ok(Backing { path: path.to_path_buf(), size_bytes: whole_blocks(size_bytes), record, _claim: claim })
+    let record = BackingRecord::Device {
+        path: path.to_path_buf(),
+        medium: device.medium_identity(),
+    };
+    Ok(Backing {
+        path: path.to_path_buf(),
+        size_bytes: whole_blocks(size_bytes),
+        record,
+        _claim: claim,
+    })
 }
 
 fn whole_blocks(bytes: u64) -> u64 {
@@ -324,12 +384,20 @@ fn whole_blocks(bytes: u64) -> u64 {
 fn create_file(pool: &Pool, replica: ReplicaId, size_bytes: u64) -> Result<Backing, BackingError> {
     let name = format!("{replica}.data");
     let path = pool.directory.join(&name);
-    let record = BackingRecord::File { pool: pool.name.clone(), pool_uuid: pool.uuid, file: name };
+    let record = BackingRecord::File {
+        pool: pool.name.clone(),
+        pool_uuid: pool.uuid,
+        file: name,
+    };
     // A file of this very replica, which is still recorded as fresh, is the rest of an attempt that was cut short.
     if !path.exists() {
         let available_bytes = super::space(&pool.directory)?.available_bytes;
         if available_bytes < size_bytes {
-            return Err(BackingError::PoolFull { pool: pool.name.clone(), available_bytes, need_bytes: size_bytes });
+            return Err(BackingError::PoolFull {
+                pool: pool.name.clone(),
+                available_bytes,
+                need_bytes: size_bytes,
+            });
         }
     }
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -364,7 +432,11 @@ pub fn grow(backing: &mut Backing, size_bytes: u64) -> Result<(), BackingError> 
         let available_bytes = super::space(&backing.path)?.available_bytes;
         let need_bytes = size_bytes - backing.size_bytes;
         if available_bytes < need_bytes {
-            return Err(BackingError::PoolFull { pool: pool.clone(), available_bytes, need_bytes });
+            return Err(BackingError::PoolFull {
+                pool: pool.clone(),
+                available_bytes,
+                need_bytes,
+            });
         }
         let grow = rustix::fs::fallocate(&backing._claim, FallocateFlags::empty(), backing.size_bytes, need_bytes);
         match grow {
@@ -375,13 +447,18 @@ pub fn grow(backing: &mut Backing, size_bytes: u64) -> Result<(), BackingError> 
         .and_then(|()| backing._claim.sync_all())
         .map_err(io_error("grow", &backing.path))?;
     }
-    let size_bytes_now = (&backing._claim).seek(SeekFrom::End(0)).map_err(io_error("measure", &backing.path))?;
+    let size_bytes_now = (&backing._claim)
+        .seek(SeekFrom::End(0))
+        .map_err(io_error("measure", &backing.path))?;
     backing.size_bytes = whole_blocks(size_bytes_now);
     check_size(&backing.path, backing.size_bytes, size_bytes)
 }
 
 fn open_file(path: PathBuf, record: BackingRecord) -> Result<Backing, BackingError> {
-    let missing = |reason: &str| BackingError::DataMissing { path: path.clone(), reason: reason.to_owned() };
+    let missing = |reason: &str| BackingError::DataMissing {
+        path: path.clone(),
+        reason: reason.to_owned(),
+    };
     match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing("no such file")),
         Err(error) => return Err(io_error("examine", &path)(error).into()),
@@ -395,10 +472,18 @@ fn open_file(path: PathBuf, record: BackingRecord) -> Result<Backing, BackingErr
     match rustix::fs::flock(&claim, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
-            return Err(BackingError::InUse { path, users: "another process has locked it".into() });
+            return Err(BackingError::InUse {
+                path,
+                users: "another process has locked it".into(),
+            });
         }
         Err(errno) => return Err(io_error("lock", &path)(errno.into()).into()),
     }
     let size_bytes = claim.seek(SeekFrom::End(0)).map_err(io_error("measure", &path))?;
-    Ok(Backing { path, size_bytes: whole_blocks(size_bytes), record, _claim: claim })
+    Ok(Backing {
+        path,
+        size_bytes: whole_blocks(size_bytes),
+        record,
+        _claim: claim,
+    })
 }

@@ -26,19 +26,35 @@ pub fn users(device: DevNo) -> Vec<String> {
     let name = |device: DevNo| device.name().unwrap_or_else(|| device.to_string());
     let mut users = Vec::new();
     for mount in mounts().iter().filter(|mount| devices.contains(&mount.device)) {
-        users.push(format!("{} is mounted on {}", name(mount.device), mount.mount_point.display()));
+        users.push(format!(
+            "{} is mounted on {}",
+            name(mount.device),
+            mount.mount_point.display()
+        ));
     }
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
     for area in swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next()) {
-        if DevNo::of_block_device(Path::new(area)).ok().flatten().is_some_and(|swap| devices.contains(&swap)) {
+        if DevNo::of_block_device(Path::new(area))
+            .ok()
+            .flatten()
+            .is_some_and(|swap| devices.contains(&swap))
+        {
             users.push(format!("{area} is swap space"));
         }
     }
     for &used in &devices {
-        users.extend(used.holders().into_iter().map(|holder| format!("{} is part of {}", name(used), name(holder))));
+        users.extend(
+            used.holders()
+                .into_iter()
+                .map(|holder| format!("{} is part of {}", name(used), name(holder))),
+        );
     }
     for (loop_device, file) in sysfs::loop_devices() {
-        if DevNo::of_block_device(&file).ok().flatten().is_some_and(|below| devices.contains(&below)) {
+        if DevNo::of_block_device(&file)
+            .ok()
+            .flatten()
+            .is_some_and(|below| devices.contains(&below))
+        {
             users.push(format!("{} is below {}", file.display(), name(loop_device)));
         }
     }
@@ -50,14 +66,18 @@ pub fn users(device: DevNo) -> Vec<String> {
 /// Processes other than this one that have one of the devices open.
 fn openers(devices: &[DevNo]) -> Vec<String> {
     let own = std::process::id().to_string();
-    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     let mut openers = Vec::new();
     for process in processes.flatten() {
         let pid = process.file_name().to_string_lossy().into_owned();
         if pid == own || !pid.bytes().all(|byte| byte.is_ascii_digit()) {
             continue;
         }
-        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else { continue };
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
+            continue;
+        };
         let opens = descriptors.flatten().any(|fd| {
             fs::metadata(fd.path()).is_ok_and(|metadata| {
                 metadata.file_type().is_block_device() && devices.contains(&DevNo::from_raw(metadata.rdev()))
@@ -80,9 +100,15 @@ impl MarsDevices {
     #[must_use]
     pub fn scan(dev_dir: &Path) -> MarsDevices {
         let links = fs::read_dir(dev_dir).into_iter().flatten().flatten();
-        let mut devices: BTreeSet<DevNo> =
-            links.filter_map(|link| DevNo::of_block_device(&link.path()).ok().flatten()).collect();
-        devices.extend(mounts().iter().filter(|mount| mount.fs_type.starts_with(FRONTEND_FS)).map(|mount| mount.device));
+        let mut devices: BTreeSet<DevNo> = links
+            .filter_map(|link| DevNo::of_block_device(&link.path()).ok().flatten())
+            .collect();
+        devices.extend(
+            mounts()
+                .iter()
+                .filter(|mount| mount.fs_type.starts_with(FRONTEND_FS))
+                .map(|mount| mount.device),
+        );
         MarsDevices(devices)
     }
 
@@ -92,10 +118,18 @@ impl MarsDevices {
     /// [`PoolError::Stacked`], or `path` cannot be examined.
     pub fn refuse_stacked(&self, path: &Path) -> Result<(), PoolError> {
         let metadata = fs::metadata(path).map_err(crate::layout::io_error("examine", path))?;
-        let raw = if metadata.file_type().is_block_device() { metadata.rdev() } else { metadata.dev() };
+        let raw = if metadata.file_type().is_block_device() {
+            metadata.rdev()
+        } else {
+            metadata.dev()
+        };
         let mut stack = DevNo::from_raw(raw).stack();
         // A file system without a block device of its own number (btrfs) names its device as mount source.
-        for mount in mounts().iter().filter(|mount| stack.contains(&mount.device) && mount.device.major == 0).collect::<Vec<_>>() {
+        for mount in mounts()
+            .iter()
+            .filter(|mount| stack.contains(&mount.device) && mount.device.major == 0)
+            .collect::<Vec<_>>()
+        {
             if let Ok(Some(source)) = DevNo::of_block_device(&PathBuf::from(&mount.source)) {
                 stack.extend(source.stack());
             }
@@ -104,7 +138,9 @@ impl MarsDevices {
             None => Ok(()),
             Some(device) => Err(PoolError::Stacked {
                 path: path.to_path_buf(),
-                device: device.name().map_or_else(|| device.to_string(), |name| format!("{name} ({device})")),
+                device: device
+                    .name()
+                    .map_or_else(|| device.to_string(), |name| format!("{name} ({device})")),
             }),
         }
     }

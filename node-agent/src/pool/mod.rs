@@ -149,7 +149,12 @@ impl Pools {
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(io_error("read", &path)(error).into()),
         };
-        Ok(Pools { path, node_uuid, known, wishes: BTreeMap::new() })
+        Ok(Pools {
+            path,
+            node_uuid,
+            known,
+            wishes: BTreeMap::new(),
+        })
     }
 
     /// Replaces the configured pools. Those no longer configured keep their recorded uuid.
@@ -177,28 +182,57 @@ impl Pools {
     pub fn open(&mut self, name: &str) -> Result<Pool, PoolError> {
         let Some(directory) = self.wishes.get(name).cloned() else {
             let known = self.names().join(", ");
-            return Err(PoolError::Unknown { name: name.into(), known: if known.is_empty() { "none".into() } else { known } });
+            return Err(PoolError::Unknown {
+                name: name.into(),
+                known: if known.is_empty() { "none".into() } else { known },
+            });
         };
         let marker_path = directory.join(MARKER);
         let recorded = self.known.get(name).copied();
         let uuid = match (read_marker(name, &marker_path, recorded)?, recorded) {
-            (None, Some(uuid)) => return Err(PoolError::Absent { name: name.into(), uuid, directory }),
-            (None, None) if !directory.is_dir() => return Err(PoolError::NoDirectory { name: name.into(), directory }),
+            (None, Some(uuid)) => {
+                return Err(PoolError::Absent {
+                    name: name.into(),
+                    uuid,
+                    directory,
+                });
+            }
+            (None, None) if !directory.is_dir() => {
+                return Err(PoolError::NoDirectory {
+                    name: name.into(),
+                    directory,
+                });
+            }
             (None, None) => self.found(name, &marker_path)?,
             (Some(marker), Some(uuid)) if marker.pool_uuid == uuid => uuid,
             (Some(marker), None) if marker.node_uuid == self.node_uuid => self.remember(name, marker.pool_uuid)?,
             (Some(marker), _) => {
-                let owner = format!("pool {} (uuid {}) of node {}", marker.name, marker.pool_uuid, marker.node_uuid);
-                return Err(PoolError::Foreign { name: name.into(), directory, owner });
+                let owner = format!(
+                    "pool {} (uuid {}) of node {}",
+                    marker.name, marker.pool_uuid, marker.node_uuid
+                );
+                return Err(PoolError::Foreign {
+                    name: name.into(),
+                    directory,
+                    owner,
+                });
             }
         };
-        Ok(Pool { name: name.into(), uuid, directory })
+        Ok(Pool {
+            name: name.into(),
+            uuid,
+            directory,
+        })
     }
 
     /// Makes a directory a pool: its uuid is recorded here first, so that a marker is never there without a record.
     fn found(&mut self, name: &str, marker_path: &Path) -> Result<Uuid, PoolError> {
-        let marker =
-            Marker { format_version: 1, pool_uuid: Uuid::new_v4(), node_uuid: self.node_uuid, name: name.to_owned() };
+        let marker = Marker {
+            format_version: 1,
+            pool_uuid: Uuid::new_v4(),
+            node_uuid: self.node_uuid,
+            name: name.to_owned(),
+        };
         let json = serde_json::to_vec_pretty(&marker)
             .map_err(|error| io_error("encode", marker_path)(io::Error::other(error)))?;
         layout::write_atomically(marker_path, &json)?;
@@ -217,15 +251,19 @@ impl Pools {
 fn read_marker(name: &str, path: &Path, recorded: Option<Uuid>) -> Result<Option<Marker>, PoolError> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         Err(error) => return Err(io_error("read", path)(error).into()),
     };
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| PoolError::Marker {
-        name: name.to_owned(),
-        path: path.to_path_buf(),
-        reason: error.to_string(),
-        uuid: recorded.map_or_else(|| "not known here".to_owned(), |uuid| uuid.to_string()),
-    })
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| PoolError::Marker {
+            name: name.to_owned(),
+            path: path.to_path_buf(),
+            reason: error.to_string(),
+            uuid: recorded.map_or_else(|| "not known here".to_owned(), |uuid| uuid.to_string()),
+        })
 }
 
 /// Room in the file system of `path`.
@@ -246,7 +284,10 @@ mod tests {
 
     fn pools(root: &Path, directory: &Path) -> Pools {
         let mut pools = Pools::load(root, Uuid::from_u128(7)).unwrap();
-        pools.configure([PoolWish { name: "fast".into(), directory: directory.to_path_buf() }]);
+        pools.configure([PoolWish {
+            name: "fast".into(),
+            directory: directory.to_path_buf(),
+        }]);
         pools
     }
 
@@ -258,7 +299,10 @@ mod tests {
         assert_eq!(first, again);
         let unmounted = tempfile::tempdir().unwrap();
         let error = pools(root.path(), unmounted.path()).open("fast").unwrap_err();
-        assert!(matches!(error, PoolError::Absent { uuid, .. } if uuid == first.uuid), "{error}");
+        assert!(
+            matches!(error, PoolError::Absent { uuid, .. } if uuid == first.uuid),
+            "{error}"
+        );
         assert_eq!(fs::read_dir(unmounted.path()).unwrap().count(), 0);
     }
 
@@ -268,7 +312,10 @@ mod tests {
         let other = tempfile::tempdir().unwrap();
         pools(root.path(), directory.path()).open("fast").unwrap();
         let mut theirs = Pools::load(other.path(), Uuid::from_u128(8)).unwrap();
-        theirs.configure([PoolWish { name: "fast".into(), directory: directory.path().to_path_buf() }]);
+        theirs.configure([PoolWish {
+            name: "fast".into(),
+            directory: directory.path().to_path_buf(),
+        }]);
         assert!(matches!(theirs.open("fast"), Err(PoolError::Foreign { .. })));
     }
 

@@ -30,7 +30,11 @@ struct Magic {
 }
 
 const fn magic(name: &'static str, offset: u64, bytes: &'static [u8]) -> Magic {
-    Magic { name, at: At::Start(offset), bytes }
+    Magic {
+        name,
+        at: At::Start(offset),
+        bytes,
+    }
 }
 
 /// Checked in this order; the first match names the disk's content.
@@ -48,10 +52,38 @@ const MAGICS: &[Magic] = &[
     magic("LVM2 physical volume", 1536, b"LABELONE"),
     magic("Linux RAID member", 4096, b"\xfc\x4e\x2b\xa9"),
     magic("Linux RAID member", 0, b"\xfc\x4e\x2b\xa9"),
-    Magic { name: "Linux RAID member", at: At::End { back: 8192, rounded_to: 4096 }, bytes: b"\xfc\x4e\x2b\xa9" },
-    Magic { name: "Linux RAID member", at: At::End { back: 0x1_0000, rounded_to: 0x1_0000 }, bytes: b"\xfc\x4e\x2b\xa9" },
-    Magic { name: "DRBD metadata", at: At::End { back: 4096 - 60, rounded_to: 4096 }, bytes: b"\x83\x74\x02\x6b" },
-    Magic { name: "DRBD metadata", at: At::End { back: 4096 - 60, rounded_to: 4096 }, bytes: b"\x83\x74\x02\x6d" },
+    Magic {
+        name: "Linux RAID member",
+        at: At::End {
+            back: 8192,
+            rounded_to: 4096,
+        },
+        bytes: b"\xfc\x4e\x2b\xa9",
+    },
+    Magic {
+        name: "Linux RAID member",
+        at: At::End {
+            back: 0x1_0000,
+            rounded_to: 0x1_0000,
+        },
+        bytes: b"\xfc\x4e\x2b\xa9",
+    },
+    Magic {
+        name: "DRBD metadata",
+        at: At::End {
+            back: 4096 - 60,
+            rounded_to: 4096,
+        },
+        bytes: b"\x83\x74\x02\x6b",
+    },
+    Magic {
+        name: "DRBD metadata",
+        at: At::End {
+            back: 4096 - 60,
+            rounded_to: 4096,
+        },
+        bytes: b"\x83\x74\x02\x6d",
+    },
     magic("swap space", 4086, b"SWAPSPACE2"),
     magic("swap space", 4086, b"SWAP-SPACE"),
     magic("swap space", 65526, b"SWAPSPACE2"),
@@ -60,7 +92,14 @@ const MAGICS: &[Magic] = &[
     magic("ZFS member", 0x2_0000, b"\0\0\0\0\0\xba\xb1\x0c"),
     magic("GPT partition table", 512, b"EFI PART"),
     magic("GPT partition table", 4096, b"EFI PART"),
-    Magic { name: "GPT backup partition table", at: At::End { back: 512, rounded_to: 512 }, bytes: b"EFI PART" },
+    Magic {
+        name: "GPT backup partition table",
+        at: At::End {
+            back: 512,
+            rounded_to: 512,
+        },
+        bytes: b"EFI PART",
+    },
     magic("NTFS file system", 3, b"NTFS    "),
     magic("exFAT file system", 3, b"EXFAT   "),
     magic("squashfs file system", 0, b"hsqs"),
@@ -126,7 +165,11 @@ mod tests {
         ] {
             let file = tempfile::NamedTempFile::new().unwrap();
             file.as_file().set_len(32 << 20).unwrap();
-            let Ok(output) = std::process::Command::new(tool).args(arguments).arg(file.path()).output() else {
+            let Ok(output) = std::process::Command::new(tool)
+                .args(arguments)
+                .arg(file.path())
+                .output()
+            else {
                 eprintln!("{tool} is not installed: this case is covered by the table only");
                 continue;
             };

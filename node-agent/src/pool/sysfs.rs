@@ -21,7 +21,10 @@ impl DevNo {
     /// Splits a `dev_t`.
     #[must_use]
     pub fn from_raw(raw: u64) -> DevNo {
-        DevNo { major: rustix::fs::major(raw), minor: rustix::fs::minor(raw) }
+        DevNo {
+            major: rustix::fs::major(raw),
+            minor: rustix::fs::minor(raw),
+        }
     }
 
     /// The device number of a block special file; `None` when `path` is something else.
@@ -31,7 +34,10 @@ impl DevNo {
     pub fn of_block_device(path: &Path) -> io::Result<Option<DevNo>> {
         use std::os::unix::fs::FileTypeExt;
         let metadata = fs::metadata(path)?;
-        Ok(metadata.file_type().is_block_device().then(|| DevNo::from_raw(metadata.rdev())))
+        Ok(metadata
+            .file_type()
+            .is_block_device()
+            .then(|| DevNo::from_raw(metadata.rdev())))
     }
 
     fn dir(self) -> PathBuf {
@@ -61,7 +67,10 @@ impl DevNo {
 
     /// Devices listed in a directory of links such as `holders` or `slaves`.
     fn linked(self, list: &str) -> Vec<DevNo> {
-        entries(&self.dir().join(list)).iter().filter_map(|path| parse(&fs::read_to_string(path.join("dev")).ok()?)).collect()
+        entries(&self.dir().join(list))
+            .iter()
+            .filter_map(|path| parse(&fs::read_to_string(path.join("dev")).ok()?))
+            .collect()
     }
 
     /// Devices stacked on this one (dm, md, bcache).
@@ -90,12 +99,18 @@ impl DevNo {
     fn below(self) -> Vec<DevNo> {
         let mut below = self.linked("slaves");
         if self.dir().join("partition").exists() {
-            let parent = fs::canonicalize(self.dir()).ok().and_then(|dir| Some(dir.parent()?.join("dev")));
+            let parent = fs::canonicalize(self.dir())
+                .ok()
+                .and_then(|dir| Some(dir.parent()?.join("dev")));
             below.extend(parent.and_then(|dev| parse(&fs::read_to_string(dev).ok()?)));
         }
         if let Some(metadata) = self.loop_file().and_then(|file| fs::metadata(file).ok()) {
             use std::os::unix::fs::FileTypeExt;
-            let raw = if metadata.file_type().is_block_device() { metadata.rdev() } else { metadata.dev() };
+            let raw = if metadata.file_type().is_block_device() {
+                metadata.rdev()
+            } else {
+                metadata.dev()
+            };
             below.push(DevNo::from_raw(raw));
         }
         below
@@ -116,13 +131,28 @@ impl DevNo {
     /// Attributes that stay with the medium over reboots and renumbering, best first; empty when the kernel knows none.
     #[must_use]
     pub fn medium_identity(self) -> Vec<(String, String)> {
-        const STABLE: [&str; 8] =
-            ["dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "md/uuid", "loop/backing_file", "nsid"];
-        let mut found: Vec<_> =
-            STABLE.iter().filter_map(|name| Some(((*name).to_owned(), self.attribute(name)?))).collect();
+        const STABLE: [&str; 8] = [
+            "dm/uuid",
+            "wwid",
+            "device/wwid",
+            "serial",
+            "device/serial",
+            "md/uuid",
+            "loop/backing_file",
+            "nsid",
+        ];
+        let mut found: Vec<_> = STABLE
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), self.attribute(name)?)))
+            .collect();
         if self.attribute("partition").is_some() {
             let uevent = self.attribute("uevent").unwrap_or_default();
-            let field = |key: &str| uevent.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
+            let field = |key: &str| {
+                uevent
+                    .lines()
+                    .find_map(|line| line.strip_prefix(key))
+                    .map(str::to_owned)
+            };
             found.extend(field("PARTUUID=").map(|uuid| ("PARTUUID".to_owned(), uuid)));
             found.extend(field("PARTN=").map(|number| ("PARTN".to_owned(), number)));
         }
@@ -140,11 +170,16 @@ impl fmt::Display for DevNo {
 #[must_use]
 pub fn parse(text: &str) -> Option<DevNo> {
     let (major, minor) = text.trim().split_once(':')?;
-    Some(DevNo { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    Some(DevNo {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+    })
 }
 
 fn entries(dir: &Path) -> Vec<PathBuf> {
-    fs::read_dir(dir).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
+    fs::read_dir(dir)
+        .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+        .unwrap_or_default()
 }
 
 /// All loop devices that have a file, with that file.
@@ -152,7 +187,10 @@ fn entries(dir: &Path) -> Vec<PathBuf> {
 pub fn loop_devices() -> Vec<(DevNo, PathBuf)> {
     entries(Path::new("/sys/block"))
         .iter()
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("loop")))
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("loop"))
+        })
         .filter_map(|path| parse(&fs::read_to_string(path.join("dev")).ok()?))
         .filter_map(|device| Some((device, device.loop_file()?)))
         .collect()
@@ -197,7 +235,10 @@ fn unescape(field: &str) -> String {
     let mut rest = field;
     while let Some(at) = rest.find('\\') {
         plain.push_str(&rest[..at]);
-        match rest.get(at + 1..at + 4).and_then(|octal| u8::from_str_radix(octal, 8).ok()) {
+        match rest
+            .get(at + 1..at + 4)
+            .and_then(|octal| u8::from_str_radix(octal, 8).ok())
+        {
             Some(byte) => {
                 plain.push(char::from(byte));
                 rest = &rest[at + 4..];
@@ -222,6 +263,9 @@ mod tests {
         let mounts = parse_mountinfo(text);
         assert_eq!(mounts.len(), 1);
         assert_eq!(mounts[0].mount_point, PathBuf::from("/mnt two"));
-        assert_eq!((mounts[0].device.to_string().as_str(), mounts[0].fs_type.as_str()), ("98:0", "ext3"));
+        assert_eq!(
+            (mounts[0].device.to_string().as_str(), mounts[0].fs_type.as_str()),
+            ("98:0", "ext3")
+        );
     }
 }
