@@ -13,5 +13,6 @@ pub mod owner;
 pub mod replication;
 pub mod state;
 pub mod store;
+pub mod store_sim;
 pub mod types;
 pub mod writeback;
