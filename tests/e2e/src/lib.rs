@@ -1,1 +1,14 @@
-//! Skeleton.
+//! Harness for scenarios on real block devices: a whole cluster of processes on this machine, driven as a user drives it.
+//!
+//! Invariant: whatever a scenario started – processes, mounts, loop devices, links, files – is gone when its guards are
+//! dropped, also when it failed or was interrupted.
+#![forbid(unsafe_code)]
+#![expect(
+    clippy::missing_errors_doc,
+    reason = "every error of the harness is the failure of a test and says its own story"
+)]
+
+pub mod cluster;
+pub mod device;
+pub mod link;
+pub mod machine;
