@@ -8,7 +8,7 @@
 //! | [`MarsAction`] | the user (spec, once), the operator (status) | a one-shot verb |
 //!
 //! Invariant: `spec` is todo, `status` is actual, each has exactly one writer, and neither is inferred from the other.
-//! What the schemas and CEL rules refuse, the `validate` module refuses too, for API servers that do not evaluate CEL.
+//! What the schemas and CEL rules refuse, [`validate`] refuses too, for API servers that do not evaluate CEL.
 
 #![forbid(unsafe_code)]
 #![expect(
@@ -24,6 +24,7 @@ pub mod node;
 pub mod replica;
 pub mod resource;
 pub mod size;
+pub mod validate;
 
 pub use action::{ActionPhase, MarsAction, MarsActionSpec, MarsActionStatus, Verb};
 pub use common::{DataPolicy, DesignationRef, GrantCause, HistoryPosition, Lag, RateLimits, Retention, Switches};
