@@ -3,10 +3,16 @@
 //! Invariant: dropping a [`Cluster`] ends every process it started and removes everything below its directory; a failing
 //! test first prints the objects, the Events and the ends of all logs.
 
-use crate::machine::{Background, Cmd, alive, program, run, signal, until};
+use crate::leftovers::{leftovers, sweep};
+use crate::machine::{Background, Cmd, program, until};
+use crate::node::Node;
 use anyhow::{Context, Result, bail, ensure};
-use kube::api::{Api, ApiResource, DynamicObject};
+use kube::Resource;
+use kube::api::{Api, ListParams};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::fmt::Debug;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +20,7 @@ use tempfile::TempDir;
 
 /// How long a new cluster may take until all nodes are there.
 pub const START_LIMIT: Duration = Duration::from_mins(1);
+pub(crate) const API_LIMIT: Duration = Duration::from_secs(10);
 /// How long ordinary changes may take until they show.
 pub const CHANGE_LIMIT: Duration = Duration::from_mins(1);
 
@@ -50,36 +57,24 @@ impl Default for Options {
     }
 }
 
-/// Kinds of objects, as the API names them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// One replicated block device.
-    Resource,
-    /// One node's copy.
-    Replica,
-    /// One node.
-    Node,
-    /// A one-shot verb.
-    Action,
+/// A kind of MARS objects, with its status.
+pub trait Object:
+    Resource<DynamicType = (), Scope = kube::core::ClusterResourceScope> + Clone + Debug + DeserializeOwned + Serialize
+{
 }
-
-impl Kind {
-    /// The kind and its plural.
-    #[must_use]
-    pub fn names(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Resource => ("MarsResource", "marsresources"),
-            Self::Replica => ("MarsReplica", "marsreplicas"),
-            Self::Node => ("MarsNode", "marsnodes"),
-            Self::Action => ("MarsAction", "marsactions"),
-        }
-    }
+impl<K> Object for K where
+    K: Resource<DynamicType = (), Scope = kube::core::ClusterResourceScope>
+        + Clone
+        + Debug
+        + DeserializeOwned
+        + Serialize
+{
 }
 
 /// A running cluster.
 pub struct Cluster {
     up: Option<Background>,
-    options: Options,
+    pub(crate) options: Options,
     runtime: tokio::runtime::Runtime,
     client: Option<kube::Client>,
     dir: Option<TempDir>,
@@ -138,10 +133,6 @@ impl Cluster {
         &self.options.nodes
     }
 
-    fn mars_local(&self) -> Result<Cmd> {
-        Ok(Cmd::new(program("mars-local")?).env("RUST_BACKTRACE", "1"))
-    }
-
     /// Starts API server and operator (and what is missing of agents and keepers).
     pub fn control_plane_start(&mut self) -> Result<()> {
         let dir = self
@@ -153,8 +144,7 @@ impl Cluster {
         let append = |path: &Path| File::options().create(true).append(true).open(path);
         // Truncated: `ready` must be the one of this start.
         let out = File::create(&out_path)?;
-        let mut command = self
-            .mars_local()?
+        let mut command = mars_local()?
             .arg("up")
             .arg("--state")
             .arg(self.state())
@@ -252,75 +242,67 @@ impl Cluster {
     }
 
     /// An object as the API has it now; `None` if there is none.
-    pub fn find(&self, kind: Kind, name: &str) -> Result<Option<Value>> {
-        let api = self.api(kind)?;
-        let found = self
+    pub fn find<K: Object>(&self, name: &str) -> Result<Option<K>> {
+        let api = self.api::<K>()?;
+        let answer = async { tokio::time::timeout(API_LIMIT, api.get_opt(name)).await };
+        Ok(self
             .runtime
-            .block_on(async { tokio::time::timeout(Duration::from_secs(10), api.get_opt(name)).await });
-        found
-            .context("the API server does not answer")??
-            .map(serde_json::to_value)
-            .transpose()
-            .map_err(Into::into)
+            .block_on(answer)
+            .context("the API server does not answer")??)
     }
 
     /// An object that must be there.
-    pub fn get(&self, kind: Kind, name: &str) -> Result<Value> {
-        self.find(kind, name)?
-            .with_context(|| format!("there is no {} {name}", kind.names().0))
+    pub fn get<K: Object>(&self, name: &str) -> Result<K> {
+        self.find(name)?
+            .with_context(|| format!("there is no {} {name}", K::kind(&())))
     }
 
     /// All objects of a kind.
-    pub fn list(&self, kind: Kind) -> Result<Vec<Value>> {
-        let api = self.api(kind)?;
-        let found = self.runtime.block_on(async {
-            tokio::time::timeout(Duration::from_secs(10), api.list(&kube::api::ListParams::default())).await
-        });
-        found
+    pub fn list<K: Object>(&self) -> Result<Vec<K>> {
+        let api = self.api::<K>()?;
+        let all = ListParams::default();
+        let answer = async { tokio::time::timeout(API_LIMIT, api.list(&all)).await };
+        Ok(self
+            .runtime
+            .block_on(answer)
             .context("the API server does not answer")??
-            .items
-            .into_iter()
-            .map(|o| Ok(serde_json::to_value(o)?))
-            .collect()
+            .items)
     }
 
-    fn api(&self, kind: Kind) -> Result<Api<DynamicObject>> {
-        let client = self.client.clone().context("the cluster has not started")?;
-        let (kind, plural) = kind.names();
-        let resource = ApiResource {
-            group: "mars.storage".into(),
-            version: "v1alpha1".into(),
-            api_version: "mars.storage/v1alpha1".into(),
-            kind: kind.into(),
-            plural: plural.into(),
-        };
-        Ok(Api::all_with(client, &resource))
+    fn api<K: Object>(&self) -> Result<Api<K>> {
+        Ok(Api::all(self.client.clone().context("the cluster has not started")?))
     }
 
     /// Waits until an object satisfies `condition`; shows the object when it does not in time.
-    pub fn wait_object(&self, kind: Kind, name: &str, what: &str, condition: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.wait_object_for(CHANGE_LIMIT, kind, name, what, condition)
+    pub fn wait<K: Object>(&self, name: &str, what: &str, condition: impl Fn(&K) -> bool) -> Result<K> {
+        self.wait_for(CHANGE_LIMIT, name, what, condition)
     }
 
     /// The same with a limit.
-    pub fn wait_object_for(
+    pub fn wait_for<K: Object>(
         &self,
         limit: Duration,
-        kind: Kind,
         name: &str,
         what: &str,
-        condition: impl Fn(&Value) -> bool,
-    ) -> Result<Value> {
-        let mut last = Value::Null;
-        let outcome = until(&format!("{name}: {what}"), limit, || {
-            last = self.get(kind, name)?;
-            Ok(condition(&last))
+        condition: impl Fn(&K) -> bool,
+    ) -> Result<K> {
+        let mut last = None;
+        let outcome = until(&format!("{} {name}: {what}", K::kind(&())), limit, || {
+            last = self.find::<K>(name)?;
+            Ok(last.as_ref().is_some_and(&condition))
         });
-        outcome.map_err(|error| {
-            let shown = serde_yaml::to_string(&last).unwrap_or_default();
-            error.context(format!("{} {name} is:\n{shown}", kind.names().0))
-        })?;
-        Ok(last)
+        match (outcome, last) {
+            (Ok(()), Some(object)) => Ok(object),
+            (Ok(()), None) => bail!("{name} has vanished"),
+            (Err(error), last) => {
+                Err(error.context(format!("it is:\n{}", serde_yaml::to_string(&last).unwrap_or_default())))
+            }
+        }
+    }
+
+    /// Events about MARS objects, oldest first, as kubectl prints them.
+    pub fn events(&self) -> Result<String> {
+        self.kubectl(&["get", "events", "-A"])
     }
 
     /// One node.
@@ -370,8 +352,7 @@ impl Cluster {
         if let Some(mut up) = self.up.take() {
             let _ = up.terminate(Duration::from_secs(10));
         }
-        let down = self
-            .mars_local()?
+        let down = mars_local()?
             .arg("down")
             .arg("--state")
             .arg(&state)
@@ -397,206 +378,11 @@ impl Drop for Cluster {
     }
 }
 
-/// One node of a cluster: its directories and its processes.
-pub struct Node<'a> {
-    cluster: &'a Cluster,
-    /// Its name.
-    pub name: String,
-}
-
-impl Node<'_> {
-    /// `<state>/nodes/<name>`.
-    #[must_use]
-    pub fn dir(&self) -> PathBuf {
-        self.cluster.state().join("nodes").join(&self.name)
-    }
-
-    /// The device of a resource on this node: a symlink in the node's own directory.
-    #[must_use]
-    pub fn device(&self, resource: &str) -> PathBuf {
-        self.dir().join("dev").join(resource)
-    }
-
-    /// The node's log and state directories.
-    #[must_use]
-    pub fn store(&self) -> PathBuf {
-        self.dir().join("store")
-    }
-
-    /// The `directory` pool in which data files lie.
-    #[must_use]
-    pub fn pool(&self) -> PathBuf {
-        self.dir().join("pool")
-    }
-
-    /// The node's address in the replication network, without port.
-    pub fn address(&self) -> Result<String> {
-        let object = self.cluster.get(Kind::Node, &self.name)?;
-        let address = at(&object, "/status/address")
-            .as_str()
-            .context("the MarsNode has no address yet")?;
-        Ok(address.rsplit_once(':').map_or(address, |(host, _)| host).to_owned())
-    }
-
-    fn pid_of(&self, what: &str) -> Result<u32> {
-        let path = self.dir().join("run").join(format!("{what}.pid"));
-        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        text.trim()
-            .parse()
-            .with_context(|| format!("{}: {text:?}", path.display()))
-    }
-
-    /// The agent's process.
-    pub fn agent_pid(&self) -> Result<u32> {
-        self.pid_of("agent")
-    }
-
-    /// Whether the agent runs.
-    #[must_use]
-    pub fn agent_runs(&self) -> bool {
-        self.agent_pid().is_ok_and(alive)
-    }
-
-    fn command(&self, verb: &str) -> Result<()> {
-        let state = self.cluster.state();
-        let mut command = self
-            .cluster
-            .mars_local()?
-            .args(["node", &self.name, verb])
-            .arg("--state")
-            .arg(state);
-        for (key, value) in &self.cluster.options.env {
-            command = command.env(key, value);
-        }
-        command.run().map(drop)
-    }
-
-    /// SIGKILL to the agent's whole cgroup; the keeper lives on, nobody restarts the agent.
-    pub fn kill(&self) -> Result<()> {
-        self.command("kill")
-    }
-
-    /// Asks the agent to end.
-    pub fn stop(&self) -> Result<()> {
-        self.command("stop")
-    }
-
-    /// Starts what is missing.
-    pub fn start(&self) -> Result<()> {
-        self.command("start")
-    }
-
-    /// Kills agent and keeper, forgets the devices, and starts both with a new boot id.
-    pub fn reboot(&self) -> Result<()> {
-        self.command("reboot")
-    }
-
-    /// SIGSTOP to the agent: a node that hangs.
-    pub fn freeze(&self) -> Result<()> {
-        signal(self.agent_pid()?, "STOP")
-    }
-
-    /// SIGCONT to the agent.
-    pub fn thaw(&self) -> Result<()> {
-        signal(self.agent_pid()?, "CONT")
-    }
-}
-
-/// A value inside an object by JSON pointer; null when absent.
-#[must_use]
-pub fn at<'a>(object: &'a Value, pointer: &str) -> &'a Value {
-    object.pointer(pointer).unwrap_or(&Value::Null)
-}
-
-/// A condition of an object by type, as (status, reason, message).
-#[must_use]
-pub fn condition(object: &Value, kind: &str) -> Option<(String, String, String)> {
-    let conditions = object.pointer("/status/conditions")?.as_array()?;
-    let found = conditions.iter().find(|condition| condition["type"] == kind)?;
-    let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
-    Some((text("status"), text("reason"), text("message")))
-}
-
-/// Whether a condition has status True.
-#[must_use]
-pub fn is_true(object: &Value, kind: &str) -> bool {
-    condition(object, kind).is_some_and(|(status, _, _)| status == "True")
+pub(crate) fn mars_local() -> Result<Cmd> {
+    Ok(Cmd::new(program("mars-local")?).env("RUST_BACKTRACE", "1"))
 }
 
 fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
-}
-
-/// Mount points below a directory, deepest first.
-fn mounts_below(dir: &Path) -> Vec<PathBuf> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut found: Vec<PathBuf> = table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(point.replace("\\040", " ")))
-        .filter(|point| point.starts_with(dir))
-        .collect();
-    found.sort_by_key(|point| std::cmp::Reverse(point.components().count()));
-    found
-}
-
-/// Loop devices whose backing file lies below a directory.
-fn loops_below(dir: &Path) -> Vec<String> {
-    let listed = run("losetup", &["--list", "--noheadings", "--output", "NAME,BACK-FILE"]).unwrap_or_default();
-    let below = dir.display().to_string();
-    listed
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .filter(|(_, file)| file.trim().starts_with(&below))
-        .map(|(name, _)| name.to_owned())
-        .collect()
-}
-
-/// Processes (other than this one) whose command line mentions a directory.
-fn processes_about(dir: &Path) -> Vec<u32> {
-    let about = dir.display().to_string();
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
-            continue;
-        };
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if pid != std::process::id() && String::from_utf8_lossy(&line).contains(&about) && alive(pid) {
-            found.push(pid);
-        }
-    }
-    found
-}
-
-/// What belongs to a state directory and is still there: mounts, loop devices, processes, control groups.
-#[must_use]
-pub fn leftovers(state: &Path) -> Vec<String> {
-    let mut left: Vec<String> = mounts_below(state)
-        .into_iter()
-        .map(|point| format!("mount {}", point.display()))
-        .collect();
-    left.extend(
-        loops_below(state)
-            .into_iter()
-            .map(|device| format!("loop device {device}")),
-    );
-    left.extend(processes_about(state).into_iter().map(|pid| format!("process {pid}")));
-    left
-}
-
-/// The second line of defence after `mars-local down`: whatever is left of this state directory ends now.
-fn sweep(state: &Path) {
-    for pid in processes_about(state) {
-        let _ = signal(pid, "KILL");
-    }
-    let _ = until("processes are gone", Duration::from_secs(5), || {
-        Ok(processes_about(state).is_empty())
-    });
-    for device in loops_below(state) {
-        let _ = run("losetup", &["--detach", &device]);
-    }
-    for point in mounts_below(state) {
-        let _ = run("umount", &["--lazy", &point.to_string_lossy()]);
-    }
 }

@@ -5,10 +5,14 @@
 #![forbid(unsafe_code)]
 #![expect(
     clippy::missing_errors_doc,
-    reason = "every error of the harness is the failure of a test and says its own story"
+    clippy::missing_panics_doc,
+    reason = "an error or panic of the harness is the failure of a test, and says its own story"
 )]
 
 pub mod cluster;
 pub mod device;
+pub mod leftovers;
 pub mod link;
 pub mod machine;
+pub mod node;
+pub mod volume;
