@@ -1,0 +1,13 @@
+//! From `MarsReplica.spec` to engine commands and devices, and from facts to `MarsReplica.status`.
+//!
+//! ```text
+//!  source (API watch | spec directory) ─► supervisor ─► one task per replica: observe facts → plan → execute → report
+//!                      cache on disk  ─┘                      ▲ engine status, peers, device users, timer
+//! ```
+//!
+//! Invariant: an object that is absent changes nothing. Data goes only with a `MarsReplica` that is being deleted with
+//! `dataPolicy: Delete`.
+
+pub mod facts;
+pub mod plan;
+pub mod todo;
