@@ -9,7 +9,7 @@ use mars_crds::{MarsNode, MarsReplicaStatus};
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// One node of a cluster: its directories and its processes.
 pub struct Node<'a> {
@@ -72,30 +72,7 @@ impl Node<'_> {
 
     /// What the agent itself says about its replica of a resource, by its local socket: live, and without the API server.
     pub fn live(&self, resource: &str) -> Result<MarsReplicaStatus> {
-        let answer = self.ask("/status")?;
-        let found = answer["replicas"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .find(|replica| replica["resource"] == resource);
-        let found = found.with_context(|| format!("the agent of {} knows no replica of {resource}", self.name))?;
-        Ok(serde_json::from_value(found["status"].clone())?)
-    }
-
-    fn ask(&self, path: &str) -> Result<Value> {
-        let socket = self.dir().join("run/agent.sock");
-        let mut stream = UnixStream::connect(&socket).with_context(|| socket.display().to_string())?;
-        stream.set_read_timeout(Some(API_LIMIT))?;
-        // HTTP/1.0: the answer is not chunked, and its end is the end of the connection.
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
-        ensure!(
-            head.lines().next().is_some_and(|line| line.contains(" 200 ")),
-            "{path}: {answer}"
-        );
-        Ok(serde_json::from_str(body)?)
+        live_in(&self.dir(), resource).with_context(|| format!("the agent of {}", self.name))
     }
 
     fn command(&self, verb: &str) -> Result<()> {
@@ -122,7 +99,12 @@ impl Node<'_> {
         self.command("start")
     }
 
-    /// Kills agent and keeper, forgets the devices, and starts both with a new boot id.
+    /// The machine dies: agent and keeper are killed, users of its devices get I/O errors.
+    pub fn poweroff(&self) -> Result<()> {
+        self.command("poweroff")
+    }
+
+    /// The machine dies and starts again, with a new boot id.
     pub fn reboot(&self) -> Result<()> {
         self.command("reboot")
     }
@@ -136,4 +118,31 @@ impl Node<'_> {
     pub fn thaw(&self) -> Result<()> {
         signal(self.agent_pid()?, "CONT")
     }
+}
+
+/// What the agent whose directory this is says about its replica of a resource.
+pub fn live_in(node_dir: &Path, resource: &str) -> Result<MarsReplicaStatus> {
+    let answer = ask(&node_dir.join("run/agent.sock"), "/status")?;
+    let found = answer["replicas"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|replica| replica["resource"] == resource);
+    let found = found.with_context(|| format!("it knows no replica of {resource}"))?;
+    Ok(serde_json::from_value(found["status"].clone())?)
+}
+
+fn ask(socket: &Path, path: &str) -> Result<Value> {
+    let mut stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
+    stream.set_read_timeout(Some(API_LIMIT))?;
+    // HTTP/1.0: the answer is not chunked, and its end is the end of the connection.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    ensure!(
+        head.lines().next().is_some_and(|line| line.contains(" 200 ")),
+        "{path}: {answer}"
+    );
+    Ok(serde_json::from_str(body)?)
 }

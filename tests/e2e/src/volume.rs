@@ -66,6 +66,16 @@ impl<'a> Volume<'a> {
         Ok(volume)
     }
 
+    /// A resource that was applied by other means.
+    #[must_use]
+    pub fn existing(cluster: &'a Cluster, name: &str, members: &[String]) -> Self {
+        Self {
+            cluster,
+            name: name.to_owned(),
+            members: members.to_vec(),
+        }
+    }
+
     /// Members other than one.
     #[must_use]
     pub fn others(&self, node: &str) -> Vec<String> {
