@@ -8,6 +8,9 @@
 //! Invariant: an object that is absent changes nothing. Data goes only with a `MarsReplica` that is being deleted with
 //! `dataPolicy: Delete`.
 
+pub mod cache;
 pub mod facts;
+pub mod object;
 pub mod plan;
+pub mod superblock;
 pub mod todo;

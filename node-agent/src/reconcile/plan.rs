@@ -161,8 +161,15 @@ fn while_primary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         plan.steps.push(Step::Resize(todo.size_bytes));
     }
     one_shot(todo.one_shots.rotate, facts.done.rotate, Step::Rotate, plan);
-    if todo.one_shots.invalidate.is_some_and(|id| facts.done.invalidate != Some(id)) {
-        plan.wait("InvalidateRefused", "a primary's data is never thrown away: hand over first");
+    if todo
+        .one_shots
+        .invalidate
+        .is_some_and(|id| facts.done.invalidate != Some(id))
+    {
+        plan.wait(
+            "InvalidateRefused",
+            "a primary's data is never thrown away: hand over first",
+        );
     }
     attach_or_detach(todo, facts, plan);
 }
