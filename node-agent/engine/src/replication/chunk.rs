@@ -53,10 +53,8 @@ pub enum ChunkError {
         what: &'static str,
     },
     /// The chain over the records does not lead to the claimed end: bytes differ from what the primary wrote.
-    #[error("log chunk at {start} leads to {computed}, but claims {claimed}: refused")]
+    #[error("a log chunk claims to lead to {claimed}, but leads to {computed}: refused")]
     ChainBroken {
-        /// Claimed start.
-        start: Position,
         /// Claimed end.
         claimed: Position,
         /// What the records lead to.
@@ -107,7 +105,6 @@ impl LogChunk {
         let chunk = Self::build(claim.start, claim.records)?;
         if chunk.end != claim.end {
             return Err(ChunkError::ChainBroken {
-                start: claim.start,
                 claimed: claim.end,
                 computed: chunk.end,
             });

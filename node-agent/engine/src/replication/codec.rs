@@ -57,6 +57,9 @@ pub struct Packed {
 }
 
 /// Packs records; compressed only where that is smaller.
+///
+/// # Panics
+/// When a payload is larger than 4 GiB; a verified chunk never has one.
 #[must_use]
 pub fn pack(records: &[Record], compression: Compression) -> Packed {
     let raw_bytes = records
@@ -65,7 +68,7 @@ pub fn pack(records: &[Record], compression: Compression) -> Packed {
         .sum();
     let mut raw = BytesMut::with_capacity(raw_bytes);
     for Record { header, payload } in records {
-        let payload_len = u32::try_from(payload.len()).expect("a payload is at most 1 MiB");
+        let payload_len = u32::try_from(payload.len()).expect("payloads are at most 1 MiB");
         raw.put_u8(header.kind as u8);
         raw.put_u8(header.flags);
         raw.put_u64_le(header.offset);

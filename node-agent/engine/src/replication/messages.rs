@@ -272,6 +272,8 @@ pub struct SyncOffer {
     pub lineage: Lineage,
     /// Durable end of the source.
     pub durable: Position,
+    /// Oldest position of the source's log.
+    pub log_start: Lsn,
     /// Size of the source's device (bytes).
     pub size_bytes: u64,
 }

@@ -8,6 +8,11 @@
 
 pub mod chunk;
 pub mod codec;
+pub mod digest;
+pub mod fetch;
+pub mod histories;
 pub mod messages;
+pub mod source;
+pub mod sync;
 
 pub use chunk::{ChunkClaim, ChunkError, LogChunk};
