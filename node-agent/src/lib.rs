@@ -3,7 +3,10 @@
 //! Invariant: the data path (shards, frontends, replication) never waits for the API server, and nothing that is
 //! absent – an object, a directory, a mount – makes the agent delete, recreate or overwrite data.
 
+pub mod frontend;
 pub mod identity;
+pub mod keeper;
 pub mod layout;
 pub mod pool;
 pub mod reconcile;
+pub mod shard;
