@@ -3,6 +3,7 @@
 //! Invariant: the data path (shards, frontends, replication) never waits for the API server, and nothing that is
 //! absent – an object, a directory, a mount – makes the agent delete, recreate or overwrite data.
 
+pub mod config;
 pub mod frontend;
 pub mod identity;
 pub mod keeper;

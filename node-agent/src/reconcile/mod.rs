@@ -12,5 +12,7 @@ pub mod cache;
 pub mod facts;
 pub mod object;
 pub mod plan;
+pub mod sink;
+pub mod source;
 pub mod superblock;
 pub mod todo;
