@@ -5,9 +5,11 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod chain;
 pub mod format;
 pub mod jobs;
 pub mod lineage;
+pub mod log;
 pub mod overlay;
 pub mod owner;
 pub mod replication;

@@ -21,6 +21,21 @@ pub enum Cause {
     EmergencyExit = 5,
 }
 
+impl Cause {
+    /// The cause with this number, if this version knows it.
+    #[must_use]
+    pub fn from_number(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Create,
+            2 => Self::Handover,
+            3 => Self::Failover,
+            4 => Self::Recovery,
+            5 => Self::EmergencyExit,
+            _ => return None,
+        })
+    }
+}
+
 /// One stay of one replica in the primary role.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpochEntry {
