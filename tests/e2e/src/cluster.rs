@@ -12,6 +12,7 @@ use kube::api::{Api, ListParams};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::cell::RefCell;
 use std::fmt::Debug;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -73,20 +74,14 @@ impl<K> Object for K where
 
 /// A running cluster.
 pub struct Cluster {
-    up: Option<Background>,
+    up: RefCell<Option<Background>>,
     pub(crate) options: Options,
     runtime: tokio::runtime::Runtime,
-    client: Option<kube::Client>,
+    client: RefCell<Option<kube::Client>>,
     dir: Option<TempDir>,
 }
 
 impl Cluster {
-    /// Three nodes a, b and c, all defaults.
-    pub fn three() -> Result<Self> {
-        crate::machine::require_test_machine()?;
-        Self::start(Options::default())
-    }
-
     /// Starts a cluster and waits until all its nodes are there.
     pub fn start(options: Options) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("mars-").tempdir_in(&options.parent)?;
@@ -94,11 +89,11 @@ impl Cluster {
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let mut cluster = Self {
-            up: None,
+        let cluster = Self {
+            up: RefCell::new(None),
             options,
             runtime,
-            client: None,
+            client: RefCell::new(None),
             dir: Some(dir),
         };
         cluster.control_plane_start()?;
@@ -134,7 +129,7 @@ impl Cluster {
     }
 
     /// Starts API server and operator (and what is missing of agents and keepers).
-    pub fn control_plane_start(&mut self) -> Result<()> {
+    pub fn control_plane_start(&self) -> Result<()> {
         let dir = self
             .dir
             .as_ref()
@@ -172,18 +167,19 @@ impl Cluster {
             let log = std::fs::read_to_string(&log_path).unwrap_or_default();
             return Err(error.context(format!("mars-local up said:\n{}", last_lines(&log, 40))));
         }
-        self.up = Some(up);
+        self.up.replace(Some(up));
         let kubeconfig = kube::config::Kubeconfig::read_from(self.kubeconfig())?;
-        self.client = Some(self.runtime.block_on(async {
+        let client = self.runtime.block_on(async {
             let config =
                 kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await?;
             anyhow::Ok(kube::Client::try_from(config)?)
-        })?);
+        })?;
+        self.client.replace(Some(client));
         Ok(())
     }
 
     /// Ends API server and operator; agents and devices run on.
-    pub fn control_plane_stop(&mut self) -> Result<()> {
+    pub fn control_plane_stop(&self) -> Result<()> {
         if let Some(mut up) = self.up.take() {
             up.terminate(Duration::from_secs(20))?;
         }
@@ -191,7 +187,7 @@ impl Cluster {
     }
 
     /// Ends API server and operator without any warning; agents and devices run on.
-    pub fn control_plane_kill(&mut self) -> Result<()> {
+    pub fn control_plane_kill(&self) -> Result<()> {
         if let Some(mut up) = self.up.take() {
             up.signal("KILL")?;
             up.wait(Duration::from_secs(20))?;
@@ -270,7 +266,9 @@ impl Cluster {
     }
 
     fn api<K: Object>(&self) -> Result<Api<K>> {
-        Ok(Api::all(self.client.clone().context("the cluster has not started")?))
+        Ok(Api::all(
+            self.client.borrow().clone().context("the cluster has not started")?,
+        ))
     }
 
     /// Waits until an object satisfies `condition`; shows the object when it does not in time.
@@ -364,6 +362,20 @@ impl Cluster {
         down.context("mars-local down")?;
         ensure!(left.is_empty(), "left behind by the cluster: {left:?}");
         Ok(())
+    }
+}
+
+/// Runs a story on a new cluster; a story that fails shows the cluster, and one that leaves something behind fails.
+pub fn scenario(options: Options, story: impl FnOnce(&Cluster) -> Result<()>) {
+    let outcome = crate::machine::require_test_machine().and_then(|()| {
+        let mut cluster = Cluster::start(options)?;
+        story(&cluster).inspect_err(|error| {
+            eprintln!("{}\nfailed: {error:#}", cluster.report());
+        })?;
+        cluster.stop()
+    });
+    if let Err(error) = outcome {
+        panic!("{error:#}");
     }
 }
 

@@ -11,6 +11,7 @@
 
 pub mod cluster;
 pub mod device;
+pub mod ledger;
 pub mod leftovers;
 pub mod link;
 pub mod machine;

@@ -1,0 +1,132 @@
+//! Agents that die: nothing acknowledged is lost, no user of a device notices more than a pause.
+
+use anyhow::{Context, Result, ensure};
+use mars_e2e::cluster::{Cluster, Options, scenario};
+use mars_e2e::device::{Fio, Fs, Mount, sha256};
+use mars_e2e::ledger::{Ledger, open_direct};
+use mars_e2e::machine::{Cmd, run};
+use mars_e2e::volume::Volume;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const KILLS: usize = 100;
+
+#[test]
+fn a19_a_hundred_kills_of_the_agent_under_verified_load_are_not_noticed() {
+    scenario(Options::default(), |cluster| kills_under_load(cluster, KILLS));
+}
+
+fn kills_under_load(cluster: &Cluster, kills: usize) -> Result<()> {
+    let volume = Volume::create(cluster, "kills", "128Mi", "a", &["a", "b"])?;
+    let device = volume.wait_primary("a")?;
+    let fio = Fio {
+        bytes_per_job: 16 << 20,
+        depth: 4,
+        flush_every: 16,
+    };
+    let mut outcome = Ok(());
+    let stop = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let load = scope.spawn(move || -> Result<u32> {
+            let mut rounds = 0;
+            while !stop.load(Ordering::SeqCst) {
+                fio.run(&device).with_context(|| format!("fio round {rounds}"))?;
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        outcome = (|| {
+            for kill in 0..kills {
+                ensure!(!load.is_finished(), "the load ended at kill {kill}");
+                cluster.node("a").kill()?;
+                cluster.node("a").start()?;
+                volume.wait_primary("a").with_context(|| format!("after kill {kill}"))?;
+            }
+            Ok(())
+        })();
+        stop.store(true, Ordering::SeqCst);
+        match load.join().expect("the load does not panic") {
+            Ok(rounds) if outcome.is_ok() && rounds == 0 => outcome = Err(anyhow::anyhow!("fio never came to its end")),
+            Ok(_) => {}
+            Err(error) => outcome = Err(error),
+        }
+    });
+    outcome?;
+    volume.wait_written_back("a")?;
+    volume.wait_caught_up("a", "b")?;
+    volume.same_data("a", "b")
+}
+
+#[test]
+fn p1_every_acknowledged_write_survives_the_death_of_the_agent() {
+    scenario(Options::default(), |cluster| {
+        let volume = Volume::create(cluster, "acked", "64Mi", "a", &["a", "b"])?;
+        let device = open_direct(&volume.device("a"))?;
+        let mut ledger = Ledger::new(2048);
+        for round in 1..=10 {
+            ledger.write(&device, 700)?;
+            cluster.node("a").kill()?;
+            cluster.node("a").start()?;
+            volume.wait_primary("a")?;
+            let found = ledger.prefix(&volume.device("a"))?;
+            ensure!(
+                found == 700 * round,
+                "{} writes were acknowledged, {found} are there",
+                700 * round
+            );
+        }
+        Ok(())
+    });
+}
+
+/// The memory control group of a process, where this machine has them.
+fn memory_limit_file(pid: u32) -> Result<PathBuf> {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    for line in groups.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+        let file = match controllers {
+            "memory" => format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"),
+            "" => format!("/sys/fs/cgroup{path}/memory.max"),
+            _ => continue,
+        };
+        if std::path::Path::new(&file).exists() {
+            ensure!(path != "/", "the agent has no memory control group of its own");
+            return Ok(file.into());
+        }
+    }
+    anyhow::bail!("no memory controller for process {pid}:\n{groups}")
+}
+
+#[test]
+fn a18_buffered_writes_of_twice_the_agents_memory_limit_do_not_deadlock() {
+    scenario(Options::default(), |cluster| {
+        let volume = Volume::create(cluster, "memory", "2Gi", "a", &["a", "b"])?;
+        let limit = memory_limit_file(cluster.node("a").agent_pid()?)?;
+        std::fs::write(&limit, (512_u64 << 20).to_string()).with_context(|| limit.display().to_string())?;
+        Fs::Ext4.make(&volume.device("a"))?;
+        let mounted = Mount::new(&volume.device("a"), &cluster.scratch("mnt")?, "noatime")?;
+        let source = cluster.scratch("source")?.join("pattern");
+        Cmd::new("sh")
+            .args(["-c", "head -c 67108864 /dev/urandom > \"$1\"", "sh"])
+            .arg(&source)
+            .run()?;
+        let wanted = sha256(&source)?;
+        let begin = Instant::now();
+        for copy in 0..16 {
+            std::fs::copy(&source, mounted.point().join(format!("copy{copy}")))?;
+        }
+        run("sync", &["--file-system", &mounted.point().to_string_lossy()])?;
+        ensure!(begin.elapsed() < Duration::from_mins(5), "it must come to its end");
+        run("sh", &["-c", "echo 3 > /proc/sys/vm/drop_caches"])?;
+        for copy in [0, 7, 15] {
+            ensure!(
+                sha256(&mounted.point().join(format!("copy{copy}")))? == wanted,
+                "copy {copy} is damaged"
+            );
+        }
+        mounted.unmount()?;
+        Fs::Ext4.check(&volume.device("a"))
+    });
+}
