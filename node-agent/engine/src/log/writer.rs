@@ -266,6 +266,17 @@ impl<S: Store> LogWriter<S> {
         dirty && self.syncing.is_none() && self.poison.is_none()
     }
 
+    /// Above the number of every segment that was ever named here.
+    #[must_use]
+    pub fn next_number(&self) -> u32 {
+        self.next_number
+    }
+
+    /// Takes back the prepared segment: the log ends, and its file is to be removed.
+    pub fn take_prepared(&mut self) -> Option<SegmentName> {
+        self.prepared.take().map(|prepared| prepared.name)
+    }
+
     /// Applies to batches begun from now on.
     pub fn set_compression(&mut self, compression: Compression) {
         self.compression = compression;

@@ -1,0 +1,160 @@
+//! Log from members: proven chunks and new epochs are appended to the local log in the order in which they came.
+//!
+//! Invariants: a chunk is taken only if it begins exactly where the local log ends (P7); after it is appended the local chain is
+//! the proven one. Nothing here is told to anybody before it is durable (P6): the reply means "in the kernel" only.
+
+use super::Owner;
+use crate::api::{CommandId, Refusal, Role};
+use crate::format::record::Record;
+use crate::lineage::EpochEntry;
+use crate::log::AppendError;
+use crate::replication::LogChunk;
+use crate::store::Store;
+use crate::types::Position;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Most chunks and epochs that may wait.
+const MAX_WAITING: usize = 64;
+/// Most bytes appended but not durable: a slow log disk slows the transfer, not the memory.
+const MAX_UNSYNCED_BYTES: u64 = 16 << 20;
+
+#[derive(Debug)]
+enum Item {
+    Chunk { id: CommandId, records: VecDeque<Record>, end: Position },
+    Epoch { id: CommandId, entry: EpochEntry },
+}
+
+/// What came and is not appended yet.
+#[derive(Debug, Default)]
+pub(super) struct Inbound {
+    waiting: VecDeque<Item>,
+}
+
+impl Inbound {
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    fn end(&self) -> Option<Position> {
+        self.waiting.back().map(|item| match item {
+            Item::Chunk { end, .. } => *end,
+            Item::Epoch { entry, .. } => Position { epoch: entry.id, ..entry.parent },
+        })
+    }
+}
+
+impl<S: Store> Owner<S> {
+    pub(super) fn accept_log(&mut self, id: CommandId, chunk: LogChunk) {
+        if let Err(refusal) = self.may_accept(chunk.start()) {
+            return self.refuse(id, refusal);
+        }
+        let end = chunk.end();
+        self.inbound.waiting.push_back(Item::Chunk { id, records: chunk.into_records().into(), end });
+        self.moved = true;
+    }
+
+    pub(super) fn accept_epoch(&mut self, id: CommandId, entry: EpochEntry) {
+        if let Err(refusal) = self.may_accept(entry.parent) {
+            return self.refuse(id, refusal);
+        }
+        self.inbound.waiting.push_back(Item::Epoch { id, entry });
+        self.moved = true;
+    }
+
+    fn may_accept(&self, offered: Position) -> Result<(), Refusal> {
+        if self.role != Role::Secondary {
+            return Err(Refusal::WrongRole { role: self.role, hint: "only a secondary takes log from others" });
+        }
+        if self.operation.is_some() {
+            return Err(Refusal::WrongRole { role: self.role, hint: "an operation is under way: try again after it" });
+        }
+        let ours = self.inbound.end().unwrap_or_else(|| self.log.appended());
+        if offered != ours {
+            return Err(Refusal::NotContinuing { offered, ours });
+        }
+        if self.inbound.waiting.len() >= MAX_WAITING {
+            return Err(Refusal::Invalid("too many chunks wait for the log: send the next one after a reply".into()));
+        }
+        Ok(())
+    }
+
+    /// Nothing that waits will be appended any more: the log is thrown away, or the role changes.
+    pub(super) fn refuse_inbound(&mut self, hint: &'static str) {
+        for item in std::mem::take(&mut self.inbound.waiting) {
+            let (Item::Chunk { id, .. } | Item::Epoch { id, .. }) = item;
+            self.refuse(id, Refusal::WrongRole { role: self.role, hint });
+        }
+    }
+
+    pub(super) fn step_inbound(&mut self) {
+        while self.repair.is_none() && self.log.unsynced_bytes() < MAX_UNSYNCED_BYTES {
+            let Some(item) = self.inbound.waiting.pop_front() else { return };
+            let result = match item {
+                Item::Epoch { id, entry } => self.take_epoch(id, entry),
+                Item::Chunk { id, records, end } => self.take_records(id, records, end),
+            };
+            match result {
+                Ok(()) => {}
+                Err((item, error @ (AppendError::NeedSegment | AppendError::Poisoned { .. }))) => {
+                    self.inbound.waiting.push_front(item);
+                    self.append_failed(error);
+                    return;
+                }
+                Err((Item::Chunk { id, .. } | Item::Epoch { id, .. }, error)) => {
+                    // Nothing after it can continue our log either.
+                    self.refuse(id, Refusal::Invalid(error.to_string()));
+                    self.refuse_inbound("log before it was refused: ask for the position again");
+                }
+            }
+            self.moved = true;
+        }
+    }
+
+    fn take_epoch(&mut self, id: CommandId, entry: EpochEntry) -> Result<(), (Item, AppendError)> {
+        if let Err(error) = self.begin_epoch(entry.clone()) {
+            return Err((Item::Epoch { id, entry }, error));
+        }
+        let _ = self.clock.observe(entry.lamport, self.now.wall_ns);
+        self.save(|saved| saved.lineage.0.push(entry));
+        self.released = None;
+        self.trailing_close = None;
+        self.done(id);
+        Ok(())
+    }
+
+    /// Starts an epoch in the log; `Ok` also when its first segment failed after it had begun: the repair includes it.
+    pub(super) fn begin_epoch(&mut self, entry: EpochEntry) -> Result<(), AppendError> {
+        let epoch = entry.id;
+        match self.log.start_epoch(entry) {
+            Err(error) if self.log.epoch().id == epoch => self.append_failed(error),
+            Err(error) => return Err(error),
+            Ok(()) => {}
+        }
+        self.sync_by(Duration::ZERO);
+        Ok(())
+    }
+
+    fn take_records(
+        &mut self,
+        id: CommandId,
+        mut records: VecDeque<Record>,
+        end: Position,
+    ) -> Result<(), (Item, AppendError)> {
+        while let Some(record) = records.pop_front() {
+            match self.log.append_record(record.clone()) {
+                Ok(appended) => {
+                    let _ = self.clock.observe(record.header.lamport, self.now.wall_ns);
+                    self.accepted(record, appended.end);
+                }
+                Err(error) => {
+                    records.push_front(record);
+                    return Err((Item::Chunk { id, records, end }, error));
+                }
+            }
+        }
+        assert_eq!(self.log.appended(), end, "the local chain is the one that was proven");
+        self.done(id);
+        Ok(())
+    }
+}

@@ -1,0 +1,205 @@
+//! Log files: one is always prepared ahead, and the oldest go when nobody needs them.
+//!
+//! Invariants: see [`retention`](crate::retention). A member that is given up is recorded as an orphan in a slot before log that it
+//! needs goes; the extents that a segment touched are on stable storage before the segment goes.
+
+use super::retry::Retry;
+use super::saver::Generation;
+use super::{Owner, Purpose};
+use crate::api::{CommandId, Fault};
+use crate::jobs::Job;
+use crate::retention::{self, Closed};
+use crate::state::SavedMember;
+use crate::store::{FileId, SegmentName, Store};
+use crate::types::{Lsn, Position, ReplicaId};
+use std::io;
+use std::time::Duration;
+
+/// Segments on their way out.
+#[derive(Debug)]
+pub(super) struct Retire {
+    /// Where the newest of them ended.
+    pub(super) end: Lsn,
+}
+
+/// A summary that outlives its segment.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kept {
+    pub(super) name: SegmentName,
+    pub(super) end: Lsn,
+}
+
+/// The state of preparing and retiring.
+#[derive(Debug, Default)]
+pub(super) struct Segments {
+    /// Writers or members wait for a segment.
+    urgent: bool,
+    retry: Retry,
+    /// Something changed that retention depends on.
+    look: bool,
+    retiring: bool,
+    retire_retry: Retry,
+    /// Orphans are being recorded before segments go.
+    recording: Option<Generation>,
+    pub(super) summaries: Vec<Kept>,
+}
+
+impl Segments {
+    pub(super) fn new(summaries: Vec<Kept>) -> Self {
+        Segments { summaries, look: true, ..Segments::default() }
+    }
+
+    pub(super) fn deadline(&self, now: Duration) -> Option<Duration> {
+        [self.retry.deadline(now), self.retire_retry.deadline(now)].into_iter().flatten().min()
+    }
+
+    pub(super) fn look_again(&mut self) {
+        self.look = true;
+    }
+}
+
+impl<S: Store> Owner<S> {
+    /// Appending cannot go on without a new segment.
+    pub(super) fn want_segment(&mut self) {
+        if !self.segments.urgent {
+            self.segments.urgent = true;
+            self.moved = true;
+        }
+    }
+
+    pub(super) fn step_segments(&mut self) {
+        let may_prepare = !self.is_shut_down && self.repair.is_none() && self.segments.retry.ready(self.now.mono);
+        if may_prepare && let Some(name) = self.log.next_prepared() {
+            let (id, len) = (FileId::Segment(name), self.saved.tuning.segment_bytes);
+            self.job(Purpose::Prepare(name), Job::Create { id, len });
+        }
+        if self.segments.look && !self.segments.retiring && self.segments.retire_retry.ready(self.now.mono) {
+            self.segments.look = false;
+            self.retire();
+        }
+    }
+
+    pub(super) fn segment_prepared(&mut self, name: SegmentName, result: io::Result<S::File>) {
+        match result {
+            Ok(file) => {
+                self.segments.urgent = false;
+                self.segments.retry.succeeded();
+                if !self.log.add_prepared(name, file, self.saved.tuning.segment_bytes) {
+                    self.discarded.push(name);
+                }
+                if self.repair.is_none() {
+                    self.changed |= self.faults.clear(|fault| matches!(fault, Fault::LogStoreFailed { .. }));
+                }
+            }
+            Err(error) => {
+                tracing::error!(replica = %self.replica, %name, %error, "creating a log segment failed");
+                if self.segments.urgent {
+                    let message = format!("creating {name}: {error}; writers wait");
+                    self.changed |= self.faults.set(Fault::LogStoreFailed { message });
+                }
+                self.log.prepare_failed(name);
+                self.segments.retry.failed(self.now.mono, &mut self.rng);
+            }
+        }
+        self.moved = true;
+    }
+
+    pub(super) fn set_members(&mut self, id: CommandId, members: &[ReplicaId]) {
+        let known = std::mem::take(&mut self.saved.members);
+        let members = members.iter().filter(|member| **member != self.replica).map(|&replica| {
+            let known = known.iter().find(|member| member.replica == replica).copied();
+            known.unwrap_or(SavedMember { replica, durable: None, orphaned: false })
+        });
+        self.saved.members = members.collect();
+        let generation = self.save(|_| {});
+        self.segments.look_again();
+        self.done_when_saved(id, generation);
+    }
+
+    /// A report counts as far as it lies on our history. It is saved with the next slot: an older one only keeps more log.
+    pub(super) fn peer_report(&mut self, id: CommandId, peer: ReplicaId, durable: Position) {
+        let start = self.log.segments().first().map_or(Lsn::ZERO, |first| first.start.lsn);
+        if let Some(end) = self.common_end(durable)
+            && let Some(member) = self.saved.members.iter_mut().find(|member| member.replica == peer)
+        {
+            member.durable = Some(end);
+            member.orphaned &= end.lsn < start;
+            self.segments.look_again();
+            self.changed = true;
+        }
+        self.done(id);
+    }
+
+    /// The part of a reported position that lies on our history; `None`: its epoch is unknown here.
+    fn common_end(&self, reported: Position) -> Option<Position> {
+        if reported == Position::default() {
+            return Some(reported);
+        }
+        let lineage = &self.saved.lineage.0;
+        let index = lineage.iter().position(|entry| entry.id == reported.epoch)?;
+        match lineage.get(index + 1) {
+            Some(next) if next.parent.lsn < reported.lsn => Some(next.parent),
+            _ => Some(reported),
+        }
+    }
+
+    fn retire(&mut self) {
+        let views = self.log.segments();
+        let starts = views.iter().skip(1).map(|next| next.start.lsn);
+        let closed: Vec<Closed> =
+            views.iter().zip(starts).map(|(view, end)| Closed { end, bytes: self.log.segment_bytes(view.name) }).collect();
+        let (applied, budget) = (self.saver.applied_in_both(), self.saved.tuning.retention_bytes);
+        let plan = retention::plan(&closed, applied, &self.saved.members, self.log.bytes(), budget);
+        if !plan.orphans.is_empty() {
+            tracing::warn!(replica = %self.replica, orphans = ?plan.orphans, "log kept for absent members exceeds the retention budget: given up");
+            let generation = self.save(|saved| {
+                for member in &mut saved.members {
+                    member.orphaned |= plan.orphans.contains(&member.replica);
+                }
+            });
+            self.segments.recording = Some(generation);
+            return;
+        }
+        if self.segments.recording.is_some_and(|generation| !self.saver.is_durable(generation)) {
+            return;
+        }
+        self.segments.recording = None;
+        let gone_summaries = self.passed_summaries();
+        if plan.segments == 0 && gone_summaries.is_empty() {
+            return;
+        }
+        let view = self.served_log();
+        let end = plan.segments.checked_sub(1).map_or(Lsn::ZERO, |last| closed[last].end);
+        let summarize = view.segments[..plan.segments].to_vec();
+        self.log.forget_segments_below(end);
+        for (segment, closed) in summarize.iter().zip(&closed) {
+            self.segments.summaries.push(Kept { name: segment.name, end: closed.end });
+        }
+        self.segments.retiring = true;
+        self.changed = true;
+        self.job(Purpose::Retire(Retire { end }), Job::Retire { view, segments: plan.segments, summaries: gone_summaries });
+    }
+
+    /// Summaries that all members have passed.
+    fn passed_summaries(&mut self) -> Vec<SegmentName> {
+        let passed = self.saved.members.iter().map(|member| member.durable.map_or(Lsn::ZERO, |durable| durable.lsn)).min();
+        let passed = passed.unwrap_or(self.saved.applied.lsn);
+        let (gone, kept) = std::mem::take(&mut self.segments.summaries).into_iter().partition(|kept| kept.end <= passed);
+        self.segments.summaries = kept;
+        let gone: Vec<Kept> = gone;
+        gone.into_iter().map(|kept| kept.name).collect()
+    }
+
+    pub(super) fn segments_retired(&mut self, retire: &Retire, result: io::Result<()>) {
+        self.segments.retiring = false;
+        if let Err(error) = result {
+            // The files are out of the log already; the next start removes what is left of them.
+            tracing::warn!(replica = %self.replica, up_to = %retire.end, %error, "removing old log segments failed");
+            self.segments.retire_retry.failed(self.now.mono, &mut self.rng);
+        } else {
+            self.segments.retire_retry.succeeded();
+            self.segments.look = true;
+        }
+        self.changed = true;
+    }
+}

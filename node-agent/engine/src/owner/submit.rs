@@ -1,0 +1,265 @@
+//! Requests of the device: admission, the write path up to the log file, reads, and the completion of what waits for durability.
+//!
+//! Invariants: a write is answered after its record is in the log file (P1), and after it is durable where that was asked for (P2);
+//! records are appended in the order of submission, so log order is compatible with completion order (P3); what cannot be
+//! appended now waits in order and is never answered with an error because of a full buffer or a failing log (P8).
+
+use super::{MAX_IN_FLIGHT, Owner, Purpose};
+use crate::api::{Action, Answer, CommandId, Durability, Io, IoResult, Now, Role, Submitted};
+use crate::format::record::RecordKind;
+use crate::jobs::Job;
+use crate::overlay::Content;
+use crate::store::Store;
+use crate::types::{ByteRange, Lsn, MAX_PAYLOAD_BYTES, Position, SECTOR_BYTES};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::io;
+
+const EIO: i32 = 5;
+const EBUSY: i32 = 16;
+const EINVAL: i32 = 22;
+const ENOSPC: i32 = 28;
+const ESHUTDOWN: i32 = 108;
+/// Bit 0 of a record's flags: the write asked for durability by itself.
+const FLAG_FUA: u8 = 1;
+
+/// Who is told when a record is durable (or, for a plain write, appended).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// Complete a block request.
+    Complete(u64),
+    /// Answer a command with the position.
+    Reply(CommandId),
+    /// The operation under way waits for it.
+    Operation,
+}
+
+/// A change that waits to be appended.
+#[derive(Debug)]
+struct Held {
+    kind: RecordKind,
+    offset: u64,
+    /// Range of the change; of a write, what is not appended yet.
+    len: u64,
+    payload: Bytes,
+    fua: bool,
+    /// Not told before the record is durable.
+    when_durable: bool,
+    then: Then,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    until: Lsn,
+    at: Position,
+    then: Then,
+}
+
+/// Unanswered requests.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    held: VecDeque<Held>,
+    /// Ascending by `until`.
+    waiters: VecDeque<Waiter>,
+    reads: usize,
+}
+
+impl Requests {
+    pub(super) fn has_held(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    pub(super) fn has_waiters(&self) -> bool {
+        !self.waiters.is_empty()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len() + self.waiters.len() + self.reads
+    }
+}
+
+impl<S: Store> Owner<S> {
+    /// A block request. At most [`MAX_IN_FLIGHT`] may be unanswered at a time.
+    pub fn submit(&mut self, now: Now, tag: u64, io: Io<'_>) -> Submitted {
+        self.now = now;
+        if self.role != Role::Primary {
+            return Submitted::Now(IoResult::Errno(ESHUTDOWN));
+        }
+        if let Some(errno) = self.invalid(&io) {
+            return Submitted::Now(IoResult::Errno(errno));
+        }
+        if self.requests.in_flight() >= MAX_IN_FLIGHT {
+            return Submitted::Now(IoResult::Errno(EBUSY));
+        }
+        let submitted = match io {
+            Io::Read { range } => return self.read(tag, range),
+            Io::Write { offset, data, fua } => {
+                self.change(tag, RecordKind::Write, offset, data.len() as u64, Bytes::copy_from_slice(data), fua)
+            }
+            Io::Discard { range } => self.change(tag, RecordKind::Discard, range.offset, range.len, Bytes::new(), false),
+            Io::WriteZeroes { range, fua } => {
+                self.change(tag, RecordKind::WriteZeroes, range.offset, range.len, Bytes::new(), fua)
+            }
+            Io::Flush => self.wait_durable(Then::Complete(tag)),
+        };
+        self.pump();
+        submitted
+    }
+
+    /// The errno of a request that no device of this size can serve.
+    fn invalid(&self, io: &Io<'_>) -> Option<i32> {
+        let (range, beyond) = match *io {
+            Io::Read { range } => (range, EINVAL),
+            Io::Write { offset, data, .. } => (ByteRange { offset, len: data.len() as u64 }, ENOSPC),
+            Io::Discard { range } | Io::WriteZeroes { range, .. } => (range, ENOSPC),
+            Io::Flush => return None,
+        };
+        if range.offset % SECTOR_BYTES != 0 || range.len % SECTOR_BYTES != 0 {
+            return Some(EINVAL);
+        }
+        let end = range.offset.checked_add(range.len);
+        end.is_none_or(|end| end > self.size_bytes()).then_some(beyond)
+    }
+
+    fn change(&mut self, tag: u64, kind: RecordKind, offset: u64, len: u64, payload: Bytes, fua: bool) -> Submitted {
+        if len == 0 {
+            return Submitted::Now(IoResult::Done);
+        }
+        let when_durable = fua || self.saved.tuning.durability == Durability::EveryWrite;
+        let mut held = Held { kind, offset, len, payload, fua, when_durable, then: Then::Complete(tag) };
+        if self.requests.has_held() || !self.append_all(&mut held) {
+            self.requests.held.push_back(held);
+            return Submitted::Later;
+        }
+        if when_durable { self.wait_durable(held.then) } else { Submitted::Now(IoResult::Done) }
+    }
+
+    /// Queues a record that is not a request of the device: resize, marker, close. `then` is told when it is durable.
+    pub(super) fn append_control(&mut self, kind: RecordKind, offset: u64, payload: Bytes, then: Then) {
+        let len = payload.len() as u64;
+        self.requests.held.push_back(Held { kind, offset, len, payload, fua: false, when_durable: true, then });
+        self.moved = true;
+    }
+
+    /// Appends a change, in records of at most [`MAX_PAYLOAD_BYTES`]; `false`: it must wait, `held` is what is left of it.
+    fn append_all(&mut self, held: &mut Held) -> bool {
+        loop {
+            if self.is_over_budget() {
+                return false;
+            }
+            let longest = MAX_PAYLOAD_BYTES.min(self.saved.tuning.segment_bytes / 2);
+            let len = if held.kind == RecordKind::Write { held.len.min(longest) } else { held.len };
+            let part = usize::try_from(len).map_or(held.payload.len(), |len| len.min(held.payload.len()));
+            let payload = held.payload.slice(..part);
+            if !self.append(held.kind, if held.fua { FLAG_FUA } else { 0 }, held.offset, len, payload) {
+                return false;
+            }
+            held.payload = held.payload.slice(part..);
+            if held.kind == RecordKind::Resize {
+                return true;
+            }
+            held.offset += len;
+            held.len -= len;
+            if held.len == 0 {
+                return true;
+            }
+        }
+    }
+
+    /// Appends one record of our own; `false`: the log takes none now.
+    fn append(&mut self, kind: RecordKind, flags: u8, offset: u64, len: u64, payload: Bytes) -> bool {
+        if self.repair.is_some() {
+            return false;
+        }
+        let lamport = self.lamport();
+        let range = ByteRange { offset, len };
+        match self.log.append(kind, flags, range, payload.clone(), lamport) {
+            Ok(appended) => {
+                self.appended(kind, range, payload, lamport, appended.end);
+                true
+            }
+            Err(error) => {
+                self.append_failed(error);
+                false
+            }
+        }
+    }
+
+    /// Appends what waits, in order, as far as the log and the budget allow.
+    pub(super) fn step_held(&mut self) {
+        while let Some(mut held) = self.requests.held.pop_front() {
+            let before = held.len;
+            if !self.append_all(&mut held) {
+                self.moved |= held.len != before;
+                self.requests.held.push_front(held);
+                return;
+            }
+            self.moved = true;
+            if held.when_durable {
+                self.push_waiter(held.then);
+            } else {
+                self.tell(held.then, self.log.appended());
+            }
+        }
+    }
+
+    /// Told once everything appended so far is durable.
+    fn wait_durable(&mut self, then: Then) -> Submitted {
+        if self.log.durable().lsn == self.log.appended().lsn {
+            return Submitted::Now(IoResult::Done);
+        }
+        self.push_waiter(then);
+        Submitted::Later
+    }
+
+    fn push_waiter(&mut self, then: Then) {
+        let at = self.log.appended();
+        self.requests.waiters.push_back(Waiter { until: at.lsn, at, then });
+    }
+
+    /// Tells those whose records are durable now.
+    pub(super) fn complete_durable(&mut self) {
+        let durable = self.log.durable().lsn;
+        while let Some(waiter) = self.requests.waiters.pop_front_if(|waiter| waiter.until <= durable) {
+            self.tell(waiter.then, waiter.at);
+        }
+    }
+
+    fn tell(&mut self, then: Then, at: Position) {
+        match then {
+            Then::Complete(tag) => self.actions.push_back(Action::Complete { tag, result: IoResult::Done }),
+            Then::Reply(id) => self.reply(id, Ok(Answer::At(at))),
+            Then::Operation => self.control_durable(at),
+        }
+    }
+
+    fn read(&mut self, tag: u64, range: ByteRange) -> Submitted {
+        let found = self.overlay.lookup(range);
+        if let ([hit], true) = (found.hits.as_slice(), found.gaps.is_empty())
+            && let Content::Bytes(bytes) = &hit.content
+        {
+            return Submitted::Now(IoResult::Data(bytes.clone()));
+        }
+        if found.gaps.is_empty() {
+            let mut buffer = vec![0; usize::try_from(range.len).expect("a request fits in memory")];
+            crate::jobs::lay_over(&mut buffer, range.offset, &found.hits);
+            return Submitted::Now(IoResult::Data(Bytes::from(buffer)));
+        }
+        self.requests.reads += 1;
+        let file = self.data.clone();
+        self.job(Purpose::Read { tag }, Job::Read { file, range, hits: found.hits, gaps: found.gaps });
+        Submitted::Later
+    }
+
+    pub(super) fn read_done(&mut self, tag: u64, result: io::Result<Bytes>) {
+        self.requests.reads -= 1;
+        let result = match result {
+            Ok(bytes) => IoResult::Data(bytes),
+            Err(error) => {
+                tracing::error!(replica = %self.replica, %error, "reading the data disk failed");
+                IoResult::Errno(error.raw_os_error().unwrap_or(EIO))
+            }
+        };
+        self.actions.push_back(Action::Complete { tag, result });
+    }
+}

@@ -1,0 +1,178 @@
+//! The target side of a copy: writes without a log record, allowed only while the data says Syncing in both slots.
+//!
+//! Invariants: nothing is written before the announcement is durable (P5, P11); progress is saved only after the data disk was
+//! flushed; `consistent_at` is never below what any source may have had on its disk when a block was read from it.
+
+use super::operation::Restart;
+use super::{Owner, Purpose};
+use crate::api::{CommandId, DataState, Fault, Refusal, Role};
+use crate::jobs::Job;
+use crate::lineage::{Cause, Lineage};
+use crate::state::SavedSync;
+use crate::store::Store;
+use crate::types::{ByteRange, Lsn, Position, ReplicaId, SECTOR_BYTES};
+use crate::writeback::Extent;
+use bytes::Bytes;
+use std::io;
+
+/// What is to be saved once the data disk is flushed.
+#[derive(Debug, Clone, Copy)]
+enum After {
+    Checkpoint { done_bytes: u64 },
+    Finish { dirty_end: Lsn },
+}
+
+/// The state of a copy beside what is saved of it.
+#[derive(Debug, Default)]
+pub(super) struct Target {
+    flushing: Option<(CommandId, After)>,
+    /// Payload written since progress was saved last (bytes).
+    moved_bytes: u64,
+    writing: usize,
+}
+
+impl Target {
+    pub(super) fn is_flushing(&self) -> bool {
+        self.flushing.is_some()
+    }
+}
+
+impl<S: Store> Owner<S> {
+    /// Decides how a sync begins: `None` = the one under way goes on where it is.
+    pub(super) fn plan_sync(
+        &mut self,
+        source: ReplicaId,
+        start: Position,
+        lineage: Lineage,
+        size_bytes: u64,
+    ) -> Result<Option<Restart>, Refusal> {
+        let Some(last) = lineage.0.last().filter(|last| last.id == start.epoch) else {
+            return Err(Refusal::Invalid("the source's history does not end in the epoch of its position".into()));
+        };
+        if size_bytes > self.disk_bytes {
+            let disk = self.disk_bytes;
+            return Err(Refusal::Invalid(format!("the local disk has {disk} bytes, the source {size_bytes}: enlarge it first")));
+        }
+        if let Some(sync) = self.saved.sync.filter(|sync| self.saved.data == DataState::Syncing && sync.consistent_at.is_none())
+            && self.may_continue(&sync, source, &lineage)
+        {
+            let floor = if source == sync.source { sync.floor } else { sync.floor.max(last.parent.lsn) };
+            let epoch = last.id;
+            self.save(|saved| saved.sync = Some(SavedSync { source, epoch, floor, ..sync }));
+            return Ok(None);
+        }
+        let sync = SavedSync {
+            source,
+            epoch: last.id,
+            done_bytes: 0,
+            total_bytes: size_bytes,
+            moved_bytes: 0,
+            floor: start.lsn,
+            consistent_at: None,
+        };
+        Ok(Some(Self::restart_for_sync(start, lineage, sync, size_bytes)))
+    }
+
+    /// Progress survives when what the earlier source had on its disk is certain to be part of this source's history: the same source
+    /// (nothing reaches a disk before it is durable), or a new one that took over by a handover, after the `Close`.
+    fn may_continue(&self, sync: &SavedSync, source: ReplicaId, lineage: &Lineage) -> bool {
+        let Some(index) = lineage.0.iter().position(|entry| entry.id == sync.epoch) else { return false };
+        let since = &lineage.0[index + 1..];
+        let ours = self.log.appended();
+        let is_ours = lineage.0.iter().any(|entry| entry.id == ours.epoch);
+        let handed_over = since.last().is_some_and(|last| last.origin == source)
+            && lineage.0[index].origin == sync.source
+            && since.iter().all(|entry| entry.cause == Cause::Handover);
+        let same = source == sync.source && since.iter().all(|entry| matches!(entry.cause, Cause::Handover | Cause::Recovery));
+        is_ours && (same || handed_over)
+    }
+
+    fn check_copying(&self) -> Result<SavedSync, Refusal> {
+        if self.role != Role::Secondary || self.operation.is_some() {
+            return Err(Refusal::WrongRole { role: self.role, hint: "not while another operation is under way" });
+        }
+        match self.saved.sync {
+            Some(sync) if self.saved.data == DataState::Syncing && sync.consistent_at.is_none() => Ok(sync),
+            _ => Err(Refusal::Invalid("no copy is under way: begin a sync first".into())),
+        }
+    }
+
+    pub(super) fn sync_write(&mut self, id: CommandId, range: ByteRange, data: Option<Bytes>) {
+        let sync = match self.check_copying() {
+            Ok(sync) => sync,
+            Err(refusal) => return self.refuse(id, refusal),
+        };
+        let aligned = range.offset % SECTOR_BYTES == 0 && range.len % SECTOR_BYTES == 0;
+        let inside = range.offset.checked_add(range.len).is_some_and(|end| end <= sync.total_bytes);
+        let fits = data.as_ref().is_none_or(|data| data.len() as u64 == range.len);
+        if !aligned || !inside || !fits {
+            let message = format!("bytes {}..+{} do not fit the device of {}", range.offset, range.len, sync.total_bytes);
+            return self.refuse(id, Refusal::Invalid(message));
+        }
+        self.sync.writing += 1;
+        let moved_bytes = data.as_ref().map_or(0, |data| data.len() as u64);
+        let extent = match data {
+            Some(data) => Extent::Bytes { offset: range.offset, parts: vec![data] },
+            None => Extent::Zeros(range),
+        };
+        let job = Job::Write { file: self.data.clone(), extents: vec![extent], flush: false };
+        self.job(Purpose::SyncWrite { id, moved_bytes }, job);
+    }
+
+    pub(super) fn sync_written(&mut self, id: CommandId, moved_bytes: u64, result: io::Result<()>) {
+        self.sync.writing -= 1;
+        self.sync.moved_bytes += moved_bytes;
+        match result {
+            Ok(()) => self.done(id),
+            Err(error) => self.copy_failed(id, &error),
+        }
+    }
+
+    fn copy_failed(&mut self, id: CommandId, error: &io::Error) {
+        let message = format!("writing a copy to the data disk: {error}");
+        self.changed |= self.faults.set(Fault::DataDiskFailed { message: message.clone() });
+        self.refuse(id, Refusal::Io(message));
+    }
+
+    pub(super) fn sync_checkpoint(&mut self, id: CommandId, done_bytes: u64) {
+        self.flush_then(id, After::Checkpoint { done_bytes });
+    }
+
+    pub(super) fn finish_sync(&mut self, id: CommandId, dirty_end: Lsn) {
+        self.flush_then(id, After::Finish { dirty_end });
+    }
+
+    fn flush_then(&mut self, id: CommandId, after: After) {
+        if let Err(refusal) = self.check_copying() {
+            return self.refuse(id, refusal);
+        }
+        if self.sync.is_flushing() || self.sync.writing > 0 {
+            return self.refuse(id, Refusal::Invalid("wait for the replies to all writes first".into()));
+        }
+        self.sync.flushing = Some((id, after));
+        self.job(Purpose::SyncFlush, Job::Sync(vec![self.data.clone()]));
+    }
+
+    pub(super) fn sync_flushed(&mut self, result: io::Result<()>) {
+        let Some((id, after)) = self.sync.flushing.take() else { unreachable!("a flush was under way") };
+        if let Err(error) = result {
+            // What was written since the last checkpoint is in doubt: the source of truth is the saved progress.
+            return self.copy_failed(id, &error);
+        }
+        self.changed |= self.faults.clear(|fault| matches!(fault, Fault::DataDiskFailed { .. }));
+        let moved_bytes = std::mem::take(&mut self.sync.moved_bytes);
+        let generation = self.save(|saved| {
+            let Some(sync) = &mut saved.sync else { return };
+            sync.moved_bytes += moved_bytes;
+            match after {
+                After::Checkpoint { done_bytes } => sync.done_bytes = done_bytes.min(sync.total_bytes),
+                After::Finish { dirty_end } => {
+                    sync.done_bytes = sync.total_bytes;
+                    sync.consistent_at = Some(dirty_end.max(sync.floor));
+                }
+            }
+        });
+        self.done_when_saved(id, generation);
+        self.consistency_may_have_come();
+    }
+}
