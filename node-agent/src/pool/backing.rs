@@ -3,10 +3,11 @@
 //! Invariant (P12, A-59): a disk or file that is not provably the one recorded is refused untouched, and what is
 //! recorded but missing is `DataMissing`, never made again.
 
-use super::in_use::{self, MarsDevices};
+use super::in_use::MarsDevices;
 use super::signature;
 use super::sysfs::DevNo;
 use super::{Pool, PoolError, Pools};
+use crate::frontend::{DeviceUser, users};
 use crate::layout::{LayoutError, io_error, sync_dir};
 use mars_engine::types::{BLOCK_BYTES, ReplicaId};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
@@ -152,7 +153,7 @@ pub struct Backing {
     pub size_bytes: u64,
     /// What the superblock says about it.
     pub record: BackingRecord,
-    _claim: File,
+    claim: File,
 }
 
 impl BackingWish {
@@ -215,7 +216,7 @@ pub fn claim_fresh(request: FreshRequest<'_>, pools: &mut Pools, mars: &MarsDevi
         BackingWish::Device(path) => {
             let backing = claim_device(path, mars)?;
             check_size(path, backing.size_bytes, request.size_bytes)?;
-            let found = signature::find(&backing._claim, backing.size_bytes).map_err(io_error("read", path))?;
+            let found = signature::find(&backing.claim, backing.size_bytes).map_err(io_error("read", path))?;
             match found {
                 Some(found) if !request.overwrite => Err(BackingError::ForeignSignature {
                     path: path.clone(),
@@ -342,28 +343,28 @@ fn claim_device(path: &Path, mars: &MarsDevices) -> Result<Backing, BackingError
         Err(error) => return Err(io_error("examine", path)(error).into()),
     };
     mars.refuse_stacked(path)?;
-    let in_use = |users: Vec<String>| {
-        let users = if users.is_empty() {
+    let in_use = |found: &[DeviceUser]| {
+        let users = if found.is_empty() {
             "the kernel says busy".to_owned()
         } else {
-            users.join("; ")
+            users::describe(found)
         };
         BackingError::InUse {
             path: path.to_path_buf(),
             users,
         }
     };
+    // Exclusive opening does not see plain openers and loop devices on top; both could write.
+    let found = users::of_numbers(device.major, device.minor, &[path.to_path_buf()]);
+    if !found.is_empty() {
+        return Err(in_use(&found));
+    }
     let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
     let mut claim: File = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(fd) => fd.into(),
-        Err(rustix::io::Errno::BUSY) => return Err(in_use(in_use::users(device))),
+        Err(rustix::io::Errno::BUSY) => return Err(in_use(&[])),
         Err(errno) => return Err(io_error("open", path)(errno.into()).into()),
     };
-    // Exclusive opening does not see plain openers and loop devices on top; both could write.
-    let users = in_use::users(device);
-    if !users.is_empty() {
-        return Err(in_use(users));
-    }
     let size_bytes = claim.seek(SeekFrom::End(0)).map_err(io_error("measure", path))?;
     let record = BackingRecord::Device {
         path: path.to_path_buf(),
@@ -373,7 +374,7 @@ fn claim_device(path: &Path, mars: &MarsDevices) -> Result<Backing, BackingError
         path: path.to_path_buf(),
         size_bytes: whole_blocks(size_bytes),
         record,
-        _claim: claim,
+        claim,
     })
 }
 
@@ -438,16 +439,16 @@ pub fn grow(backing: &mut Backing, size_bytes: u64) -> Result<(), BackingError> 
                 need_bytes,
             });
         }
-        let grow = rustix::fs::fallocate(&backing._claim, FallocateFlags::empty(), backing.size_bytes, need_bytes);
+        let grow = rustix::fs::fallocate(&backing.claim, FallocateFlags::empty(), backing.size_bytes, need_bytes);
         match grow {
-            Err(rustix::io::Errno::OPNOTSUPP) => backing._claim.set_len(size_bytes),
+            Err(rustix::io::Errno::OPNOTSUPP) => backing.claim.set_len(size_bytes),
             Err(errno) => Err(errno.into()),
             Ok(()) => Ok(()),
         }
-        .and_then(|()| backing._claim.sync_all())
+        .and_then(|()| backing.claim.sync_all())
         .map_err(io_error("grow", &backing.path))?;
     }
-    let size_bytes_now = (&backing._claim)
+    let size_bytes_now = (&backing.claim)
         .seek(SeekFrom::End(0))
         .map_err(io_error("measure", &backing.path))?;
     backing.size_bytes = whole_blocks(size_bytes_now);
@@ -484,6 +485,6 @@ fn open_file(path: PathBuf, record: BackingRecord) -> Result<Backing, BackingErr
         path,
         size_bytes: whole_blocks(size_bytes),
         record,
-        _claim: claim,
+        claim,
     })
 }

@@ -106,13 +106,8 @@ pub enum PoolError {
         uuid: String,
     },
     /// Storage that lies on a MARS device would wait for itself.
-    #[error("{path} is stacked on the MARS device {device}: log, state and data must lie on other storage")]
-    Stacked {
-        /// What was to be used.
-        path: PathBuf,
-        /// The device below it.
-        device: String,
-    },
+    #[error(transparent)]
+    Stacked(#[from] crate::frontend::stacked::Stacked),
     /// Any other trouble with a file.
     #[error(transparent)]
     Layout(#[from] LayoutError),
