@@ -10,4 +10,5 @@ pub mod keeper;
 pub mod layout;
 pub mod pool;
 pub mod reconcile;
+pub mod replication;
 pub mod shard;
