@@ -52,6 +52,8 @@ pub struct Done {
     pub rotate: Option<Uuid>,
     /// Last refusal of the primary role.
     pub refused_promote: Option<RefusedPromote>,
+    /// The designation under which this replica is, or was last, primary.
+    pub primary_under: Option<Designation>,
 }
 
 /// Everything the plan looks at.

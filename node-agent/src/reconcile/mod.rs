@@ -10,8 +10,10 @@
 
 pub mod cache;
 pub mod facts;
+pub mod lag;
 pub mod object;
 pub mod plan;
+pub mod report;
 pub mod sink;
 pub mod source;
 pub mod superblock;

@@ -1,0 +1,472 @@
+//! Facts to `MarsReplica.status`: one pure function, and the rule when a report is worth a write.
+//!
+//! Invariant: everything here is what was observed; the wish is not an input, except for its generation and for the reasons
+//! why it is not fulfilled yet.
+
+use super::facts::{Done, Facts};
+use super::lag::LagNow;
+use super::object::{designation_ref, history_position, signed, time_now, time_of};
+use super::plan::{Plan, is_blank};
+use crate::frontend::{Device, DeviceUser, FrontendKind};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use mars_crds::conditions::{self, Truth};
+use mars_crds::replica::{self as api, ActualRole, MarsReplicaStatus, ReplicaData};
+use mars_engine::api::{DataState, Fault, ReplicaStatus, Role};
+use mars_engine::types::{Designation, ReplicaId};
+use uuid::Uuid;
+
+/// Newest epochs shown.
+const LINEAGE_SHOWN: usize = 64;
+
+/// Why a replica has no engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// One word: `DataMissing`, `PoolAbsent`, `Refused`, …
+    pub reason: &'static str,
+    /// Cause and next command.
+    pub message: String,
+}
+
+/// Contact with another member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contact {
+    /// Its replica.
+    pub replica: ReplicaId,
+    /// Name of its node.
+    pub node: String,
+    /// Whether it answers now.
+    pub connected: bool,
+    /// When it last answered.
+    pub last_contact: Option<Time>,
+}
+
+/// What a report is made of, besides the facts.
+#[derive(Debug, Clone)]
+pub struct Surroundings {
+    /// Boot of the node.
+    pub boot_id: Uuid,
+    /// The node.
+    pub node: Uuid,
+    /// Generation of the spec that was acted upon.
+    pub generation: i64,
+    /// Device, if there is one.
+    pub device: Option<Device>,
+    /// Its users.
+    pub users: Vec<DeviceUser>,
+    /// Other members.
+    pub contacts: Vec<Contact>,
+    /// How far behind.
+    pub lag: Option<LagNow>,
+    /// From whom data is being copied.
+    pub sync_source: Option<ReplicaId>,
+    /// An order that failed, with the engine's or the frontend's words.
+    pub failed: Option<Problem>,
+    /// A spec that could not be followed.
+    pub invalid_spec: Option<String>,
+}
+
+/// The status of a replica whose engine runs.
+#[must_use]
+pub fn report(facts: &Facts, plan: &Plan, around: &Surroundings, previous: &[Condition]) -> MarsReplicaStatus {
+    let status = &*facts.status;
+    let mut report = MarsReplicaStatus {
+        observed_generation: Some(around.generation),
+        role: Some(role(status.role)),
+        data_state: Some(data_state(status)),
+        state: state_word(facts, around).to_owned(),
+        designation: designation_ref(status.designation),
+        primary_under: facts.done.primary_under.and_then(designation_ref),
+        boot_id: Some(around.boot_id.to_string()),
+        node_uuid: Some(around.node),
+        size_bytes: Some(signed(status.size_bytes)),
+        disk_bytes: Some(signed(facts.disk_bytes)),
+        positions: Some(positions(status)),
+        lineage: lineage(status),
+        lag: lag(status, around),
+        sync: sync(status, around),
+        released: status.released.map(released),
+        refused: refused(plan, &facts.done),
+        device: around.device.as_ref().map(device),
+        opened_by: around.users.iter().map(user).collect(),
+        invalidated: facts.done.invalidate,
+        fake_synced: facts.done.fake_sync,
+        log_rotated: facts.done.rotate,
+        forks: status.faults.iter().filter_map(|fault| fork(fault, status)).collect(),
+        peers: around.contacts.iter().map(contact).collect(),
+        conditions: previous.to_vec(),
+    };
+    set_conditions(&mut report, facts, plan, around);
+    report
+}
+
+/// The status of a replica whose engine does not run, and why. What was known before stays, but it is no primary.
+#[must_use]
+pub fn report_problem(problem: &Problem, around: &Surroundings, previous: &MarsReplicaStatus) -> MarsReplicaStatus {
+    let mut report = previous.clone();
+    report.observed_generation = Some(around.generation);
+    report.boot_id = Some(around.boot_id.to_string());
+    report.node_uuid = Some(around.node);
+    report.state = problem.reason.to_owned();
+    report.role = None;
+    report.device = None;
+    report.opened_by.clear();
+    report.data_state = match problem.reason {
+        "DataMissing" | "PoolAbsent" => Some(ReplicaData::Missing),
+        "Quarantined" => Some(ReplicaData::Quarantined),
+        _ => None,
+    };
+    let now = time_now();
+    let generation = Some(around.generation);
+    conditions::set(
+        &mut report.conditions,
+        conditions::READY,
+        Truth::False,
+        problem.reason,
+        &problem.message,
+        generation,
+        &now,
+    );
+    conditions::set(
+        &mut report.conditions,
+        conditions::DEGRADED,
+        Truth::True,
+        problem.reason,
+        &problem.message,
+        generation,
+        &now,
+    );
+    report
+}
+
+/// Whether two reports differ in state; positions, lag and times alone do not count.
+#[must_use]
+pub fn differs_in_state(a: &MarsReplicaStatus, b: &MarsReplicaStatus) -> bool {
+    let state_only = |status: &MarsReplicaStatus| {
+        let mut status = status.clone();
+        status.positions = None;
+        status.lag = None;
+        // Ten percent of a copy are worth a write, a byte is not.
+        status.sync = status.sync.map(|sync| api::SyncStatus {
+            percent: sync.percent / 10,
+            source: sync.source,
+            ..Default::default()
+        });
+        for peer in &mut status.peers {
+            peer.last_contact = None;
+        }
+        for fork in &mut status.forks {
+            (
+                fork.ours_bytes,
+                fork.theirs_bytes,
+                fork.ours_seconds,
+                fork.theirs_seconds,
+            ) = (0, 0, 0, 0);
+        }
+        status
+    };
+    state_only(a) != state_only(b)
+}
+
+fn role(role: Role) -> ActualRole {
+    match role {
+        Role::Secondary => ActualRole::Secondary,
+        Role::Promoting => ActualRole::Promoting,
+        Role::Primary => ActualRole::Primary,
+        Role::Closing => ActualRole::Closing,
+    }
+}
+
+fn data_state(status: &ReplicaStatus) -> ReplicaData {
+    match status.data {
+        _ if is_blank(status) => ReplicaData::Blank,
+        DataState::Consistent => ReplicaData::Consistent,
+        DataState::Syncing => ReplicaData::Syncing,
+        DataState::LogLost => ReplicaData::LogLost,
+    }
+}
+
+/// One word for people; the first that applies.
+fn state_word(facts: &Facts, around: &Surroundings) -> &'static str {
+    let status = &*facts.status;
+    if let Some((name, ..)) = status.faults.iter().map(describe).next() {
+        return name;
+    }
+    let connected = around.contacts.iter().any(|contact| contact.connected);
+    match (status.role, &status.data) {
+        (Role::Primary, _) => "Primary",
+        (Role::Promoting, _) => "Promoting",
+        (Role::Closing, _) => "Closing",
+        (Role::Secondary, _) if status.resumable.is_some() => "ResumeWaits",
+        (Role::Secondary, DataState::LogLost) => "LogLost",
+        (Role::Secondary, DataState::Syncing) if is_blank(status) => "Blank",
+        (Role::Secondary, DataState::Syncing) if !status.switches.sync => "PausedSync",
+        (Role::Secondary, DataState::Syncing) => "Syncing",
+        (Role::Secondary, DataState::Consistent) if !status.switches.fetch => "PausedFetch",
+        (Role::Secondary, DataState::Consistent) if !status.switches.replay => "PausedReplay",
+        (Role::Secondary, DataState::Consistent) if status.released.is_some() => "Released",
+        (Role::Secondary, DataState::Consistent) if !connected => "PeersUnreachable",
+        (Role::Secondary, DataState::Consistent) => "Replaying",
+    }
+}
+
+fn positions(status: &ReplicaStatus) -> api::Positions {
+    api::Positions {
+        durable: history_position(status.durable),
+        applied: signed(status.applied.lsn.0),
+        dirty_end: signed(status.dirty_end.0),
+        log_start: signed(status.log_start.0),
+        replayed: signed(status.replayed.0),
+    }
+}
+
+fn lineage(status: &ReplicaStatus) -> Vec<api::Epoch> {
+    let epochs = &status.lineage.0;
+    let newest = epochs.iter().skip(epochs.len().saturating_sub(LINEAGE_SHOWN));
+    let epoch = |entry: &mars_engine::lineage::EpochEntry| api::Epoch {
+        epoch: entry.id.0,
+        parent: history_position(entry.parent),
+        origin: entry.origin.0,
+        cause: format!("{:?}", entry.cause),
+        time: time_of(entry.lamport),
+    };
+    newest.map(epoch).collect()
+}
+
+fn lag(status: &ReplicaStatus, around: &Surroundings) -> Option<mars_crds::Lag> {
+    if status.role == Role::Primary {
+        return Some(mars_crds::Lag {
+            bytes: 0,
+            seconds: 0,
+            as_of: Some(time_now()),
+        });
+    }
+    around.lag.map(|lag| mars_crds::Lag {
+        bytes: signed(lag.bytes),
+        seconds: signed(lag.seconds),
+        as_of: jiff::Timestamp::try_from(lag.as_of).ok().map(Time),
+    })
+}
+
+fn sync(status: &ReplicaStatus, around: &Surroundings) -> Option<api::SyncStatus> {
+    status.sync.map(|sync| api::SyncStatus {
+        percent: percent(sync.done_bytes, sync.total_bytes),
+        done_bytes: signed(sync.done_bytes),
+        total_bytes: signed(sync.total_bytes),
+        moved_bytes: signed(sync.moved_bytes),
+        source: around.sync_source.map(|source| source.0),
+    })
+}
+
+fn percent(done: u64, total: u64) -> i32 {
+    let percent = u128::from(done) * 100 / u128::from(total.max(1));
+    i32::try_from(percent.min(100)).unwrap_or(100)
+}
+
+fn released(released: mars_engine::api::Released) -> api::Released {
+    api::Released {
+        number: signed(released.designation.number),
+        uuid: released.designation.id,
+        to: released.to.map(|to| to.0),
+        end: history_position(released.end),
+    }
+}
+
+fn refused(plan: &Plan, done: &Done) -> Option<api::Refused> {
+    let refused = |order, designation: Designation, reason: &str, durable| api::Refused {
+        order,
+        number: signed(designation.number),
+        uuid: designation.id,
+        reason: reason.to_owned(),
+        durable,
+    };
+    let close = plan.waiting.iter().find_map(|waiting| {
+        let designation = waiting.refused_close?;
+        Some(refused(api::RefusedOrder::Close, designation, &waiting.message, false))
+    });
+    let promote = done.refused_promote.as_ref();
+    close.or_else(|| promote.map(|it| refused(api::RefusedOrder::Promote, it.designation, &it.reason, true)))
+}
+
+fn device(device: &Device) -> api::Device {
+    api::Device {
+        path: device.link.display().to_string(),
+        major: i64::from(device.major),
+        minor: i64::from(device.minor),
+        diskseq: signed(device.diskseq),
+        frontend: match device.kind {
+            FrontendKind::Loop => "loop".to_owned(),
+            FrontendKind::Ublk => "ublk".to_owned(),
+        },
+    }
+}
+
+fn user(user: &DeviceUser) -> api::User {
+    let (kind, name, pid) = match user {
+        DeviceUser::Mount { at, .. } => ("mount", at.display().to_string(), None),
+        DeviceUser::Open { pid, command } => ("process", command.clone(), Some(i64::from(*pid))),
+        DeviceUser::Holder { name } => ("holder", name.clone(), None),
+        DeviceUser::Swap => ("swap", "swap space".to_owned(), None),
+        DeviceUser::HiddenMount { file_system } => {
+            ("mount", format!("{file_system}, in a namespace without process"), None)
+        }
+    };
+    api::User {
+        kind: kind.to_owned(),
+        name,
+        pid,
+    }
+}
+
+fn contact(contact: &Contact) -> api::PeerContact {
+    api::PeerContact {
+        replica_uuid: contact.replica.0,
+        node: contact.node.clone(),
+        connected: contact.connected,
+        last_contact: contact.last_contact.clone(),
+    }
+}
+
+fn fork(fault: &Fault, status: &ReplicaStatus) -> Option<api::Fork> {
+    let Fault::Fork {
+        with,
+        at,
+        since,
+        ours_bytes,
+        theirs_bytes,
+    } = fault
+    else {
+        return None;
+    };
+    let known = since.0 > 0 && *ours_bytes > 0;
+    let seconds = if known {
+        status.durable_time.0.saturating_sub(since.0) / 1_000_000_000
+    } else {
+        0
+    };
+    Some(api::Fork {
+        with: with.0,
+        lsn: signed(at.0),
+        since: time_of(*since),
+        ours_bytes: signed(*ours_bytes),
+        theirs_bytes: signed(*theirs_bytes),
+        ours_seconds: signed(seconds),
+        theirs_seconds: 0,
+    })
+}
+
+/// Name of the condition, and what to do.
+fn describe(fault: &Fault) -> (&'static str, String) {
+    match fault {
+        Fault::LogStoreFailed { message } => (
+            "LogStoreFailed",
+            format!(
+                "the transaction log cannot be written ({message}); writers are held. Repair the log store, then restart this agent"
+            ),
+        ),
+        Fault::DataDiskFailed { message } => (
+            "DataDiskFailed",
+            format!(
+                "the data disk fails ({message}). Hand over to another member, then replace the disk and join anew"
+            ),
+        ),
+        Fault::StateFailed { message } => (
+            "StateFailed",
+            format!("saved state cannot be written ({message}). Repair the store below the state directory"),
+        ),
+        Fault::LogDefect {
+            segment,
+            file_offset,
+            lsn,
+            class,
+        } => (
+            "LogDefect",
+            format!(
+                "the log is damaged in {segment} at byte {file_offset} (position {lsn}, {class}); nothing behind it is used. Check the disk; it is refetched from a member that has it, else invalidate this replica"
+            ),
+        ),
+        Fault::DiskTooSmall {
+            wanted_bytes,
+            disk_bytes,
+        } => (
+            "DiskTooSmall",
+            format!(
+                "the resource has grown to {wanted_bytes} bytes, the data disk has {disk_bytes}: replay waits. Enlarge the disk"
+            ),
+        ),
+        Fault::Fork {
+            with,
+            at,
+            ours_bytes,
+            theirs_bytes,
+            ..
+        } => (
+            conditions::SPLIT_BRAIN,
+            format!(
+                "the history forks from that of replica {with} at {at}: {ours_bytes} bytes are only here, {theirs_bytes} only there. Decide which one survives, then invalidate the other"
+            ),
+        ),
+        Fault::Orphan { reason } => ("Orphan", format!("{reason}. Invalidate this replica to sync it anew")),
+    }
+}
+
+/// Conditions that only appear while they hold, and say False afterwards.
+const FAULTS: [&str; 7] = [
+    "LogStoreFailed",
+    "DataDiskFailed",
+    "StateFailed",
+    "LogDefect",
+    "DiskTooSmall",
+    conditions::SPLIT_BRAIN,
+    "Orphan",
+];
+
+fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, around: &Surroundings) {
+    let (now, generation) = (time_now(), Some(around.generation));
+    let list = &mut report.conditions;
+    let mut set = |name: &str, truth: Truth, reason: &str, message: &str| {
+        conditions::set(list, name, truth, reason, message, generation, &now);
+    };
+    let faults: Vec<_> = facts.status.faults.iter().map(describe).collect();
+    for (name, message) in &faults {
+        set(name, Truth::True, name, message);
+    }
+    let waiting = plan
+        .waiting
+        .first()
+        .map(|waiting| (waiting.reason, waiting.message.as_str()));
+    let invalid = around.invalid_spec.as_deref().map(|message| ("InvalidSpec", message));
+    let failed = around
+        .failed
+        .as_ref()
+        .map(|failed| (failed.reason, failed.message.as_str()));
+    let fault = faults.first().map(|(name, message)| (*name, message.as_str()));
+    let trouble = fault.or(failed).or(invalid);
+    match trouble {
+        Some((reason, message)) => set(conditions::DEGRADED, Truth::True, reason, message),
+        None => set(conditions::DEGRADED, Truth::False, "AsWanted", "nothing is wrong"),
+    }
+    match trouble.or(waiting) {
+        Some((reason, message)) => set(conditions::READY, Truth::False, reason, message),
+        None => set(
+            conditions::READY,
+            Truth::True,
+            "AsWanted",
+            "this replica is as its spec wants it",
+        ),
+    }
+    let pending = around.device.as_ref().is_some_and(|device| device.resize_pending);
+    if pending {
+        set(
+            "ResizePending",
+            Truth::True,
+            "DeviceOpen",
+            "this kernel shows the larger size when all users have closed the device",
+        );
+    }
+    for name in FAULTS.into_iter().chain(["ResizePending"]) {
+        let over = !faults.iter().any(|(fault, _)| *fault == name) && !(name == "ResizePending" && pending);
+        if over && conditions::get(list, name).is_some_and(|condition| condition.status == "True") {
+            conditions::set(list, name, Truth::False, "Over", "not any more", generation, &now);
+        }
+    }
+}
