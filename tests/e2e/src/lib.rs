@@ -16,4 +16,5 @@ pub mod leftovers;
 pub mod link;
 pub mod machine;
 pub mod node;
+pub mod postgres;
 pub mod volume;

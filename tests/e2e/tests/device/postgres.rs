@@ -1,1 +1,77 @@
-//! skeleton
+//! A real database on a device that changes hands under it.
+
+use anyhow::{Context, Result, ensure};
+use mars_e2e::cluster::{Cluster, Options, scenario};
+use mars_e2e::device::{Fs, Mount};
+use mars_e2e::link::isolate;
+use mars_e2e::machine::until;
+use mars_e2e::postgres::Postgres;
+use mars_e2e::volume::Volume;
+use std::time::Duration;
+
+#[test]
+fn postgresql_survives_two_handovers_mid_load_and_a_failover_loses_exactly_what_was_not_shipped() {
+    scenario(Options::default(), database);
+}
+
+fn database(cluster: &Cluster) -> Result<()> {
+    let volume = Volume::create(cluster, "pgdata", "1Gi", "a", &["a", "b", "c"])?;
+    let scratch = cluster.scratch("pg")?;
+    let mount = |node: &str| Mount::new(&volume.device(node), &cluster.scratch("pgmount")?, "noatime");
+    Fs::Ext4.make(&volume.device("a"))?;
+    let mut mounted = mount("a")?;
+    let mut server = Postgres::create(mounted.point(), &scratch)?;
+    server.bench_prepare(5)?;
+
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        let before = server.history()?;
+        let mut load = server.bench_until_stopped()?;
+        until("transactions are under way", Duration::from_mins(1), || {
+            Ok(server.history()? > before + 200)
+        })?;
+        let seen = server.history()?;
+        server.stop().with_context(|| format!("on {from}"))?;
+        load.wait(Duration::from_secs(30))?;
+        mounted.unmount()?;
+        volume.handover(to)?;
+        mounted = mount(to)?;
+        server = Postgres::start(mounted.point(), &scratch)?;
+        ensure!(
+            server.history()? >= seen,
+            "after the handover to {to} a committed transaction is missing"
+        );
+        server.check().with_context(|| format!("after the handover to {to}"))?;
+    }
+
+    // What is shipped is known exactly: the load stands still while the others catch up, then the line is cut.
+    server.bench_exactly(400)?;
+    let shipped = server.history()?;
+    server.sql("CHECKPOINT")?;
+    for node in ["b", "c"] {
+        volume.wait_caught_up("a", node)?;
+    }
+    let cuts = isolate(
+        &cluster.node("a").address()?,
+        &[&cluster.node("b").address()?, &cluster.node("c").address()?],
+    )?;
+    server.bench_exactly(200)?;
+    ensure!(server.history()? == shipped + 200, "committed on a");
+    cluster.node("a").poweroff()?;
+    server.die();
+    drop(mounted);
+    drop(cuts);
+
+    volume.failover("c")?;
+    let mounted = mount("c")?;
+    let server = Postgres::start(mounted.point(), &scratch)?;
+    let found = server.history()?;
+    ensure!(
+        found == shipped,
+        "{shipped} transactions had been shipped, {found} are there"
+    );
+    server.check().context("after the failover")?;
+    server.bench_exactly(100)?;
+    server.stop()?;
+    mounted.unmount()?;
+    Fs::Ext4.check(&volume.device("c"))
+}

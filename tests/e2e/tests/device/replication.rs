@@ -306,7 +306,7 @@ fn a38_a_gibibyte_written_across_a_partition_reaches_the_third_node_from_the_sec
 
 #[test]
 fn a39_a_secondary_refuses_log_that_does_not_continue_its_history_and_says_so() {
-    scenario(Options::default(), |cluster| unprovable(cluster));
+    scenario(Options::default(), unprovable);
 }
 
 fn unprovable(cluster: &Cluster) -> Result<()> {

@@ -1,0 +1,225 @@
+//! Debian's PostgreSQL on a file system of a test: its own data directory and socket, no network, no service.
+//!
+//! Invariant: a server is stopped, at the latest by SIGKILL to its postmaster, when its [`Postgres`] is dropped.
+
+use crate::machine::{Background, Cmd, alive, signal, until};
+use anyhow::{Context, Result, ensure};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_mins(3);
+
+/// A running server.
+#[derive(Debug)]
+pub struct Postgres {
+    bin: PathBuf,
+    data: PathBuf,
+    socket: PathBuf,
+    running: bool,
+}
+
+/// The newest server that Debian has installed.
+fn bin_dir() -> Result<PathBuf> {
+    let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+        .context("is the package postgresql installed?")?
+        .flatten()
+        .map(|e| e.path())
+        .collect();
+    versions.sort();
+    Ok(versions
+        .pop()
+        .context("no version of PostgreSQL below /usr/lib/postgresql")?
+        .join("bin"))
+}
+
+/// The server refuses to run as root.
+fn as_postgres(program: &Path) -> Cmd {
+    Cmd::new("setpriv")
+        .args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "--"])
+        .arg(program)
+        .limit(LIMIT)
+}
+
+impl Postgres {
+    /// Makes a database cluster with page checksums in a mounted file system, and starts it.
+    pub fn create(mount: &Path, scratch: &Path) -> Result<Self> {
+        let data = mount.join("pg");
+        std::fs::create_dir(&data)?;
+        Cmd::new("chown").arg("postgres:postgres").arg(&data).run()?;
+        as_postgres(&bin_dir()?.join("initdb"))
+            .args([
+                "--data-checksums",
+                "--auth=trust",
+                "--username=postgres",
+                "--no-locale",
+                "--encoding=UTF8",
+                "-D",
+            ])
+            .arg(&data)
+            .run()?;
+        Self::start(mount, scratch)
+    }
+
+    /// Starts the server on an existing data directory; after a crash this includes its recovery.
+    pub fn start(mount: &Path, scratch: &Path) -> Result<Self> {
+        let (bin, data, socket) = (bin_dir()?, mount.join("pg"), scratch.join("socket"));
+        std::fs::create_dir_all(&socket)?;
+        Cmd::new("chown").arg("postgres:postgres").arg(&socket).run()?;
+        // The directories above belong to root and are closed to others.
+        for dir in scratch
+            .ancestors()
+            .take_while(|dir| dir.starts_with(std::env::temp_dir()) && **dir != std::env::temp_dir())
+        {
+            Cmd::new("chmod").arg("a+x").arg(dir).run()?;
+        }
+        let options = format!(
+            "-c listen_addresses='' -c unix_socket_directories='{}' -c max_wal_size=256MB",
+            socket.display()
+        );
+        let log = data.join("server.log");
+        as_postgres(&bin.join("pg_ctl"))
+            .args(["start", "--wait", "--silent", "-o", &options, "-D"])
+            .arg(&data)
+            .arg("-l")
+            .arg(&log)
+            .run()
+            .with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
+        Ok(Self {
+            bin,
+            data,
+            socket,
+            running: true,
+        })
+    }
+
+    /// Clean stop: sessions are ended, a checkpoint is written.
+    pub fn stop(mut self) -> Result<()> {
+        as_postgres(&self.bin.join("pg_ctl"))
+            .args(["stop", "--mode=fast", "--wait", "-D"])
+            .arg(&self.data)
+            .run()?;
+        self.running = false;
+        // Only a stopped cluster can be checked: every page of every file.
+        as_postgres(&self.bin.join("pg_checksums"))
+            .args(["--check", "-D"])
+            .arg(&self.data)
+            .run()
+            .map(drop)
+    }
+
+    fn connection(&self) -> [String; 2] {
+        [
+            format!("--host={}", self.socket.display()),
+            "--username=postgres".to_owned(),
+        ]
+    }
+
+    /// One SQL statement; returns its unaligned output.
+    pub fn sql(&self, statement: &str) -> Result<String> {
+        let said = as_postgres(&self.bin.join("psql"))
+            .args(self.connection())
+            .args([
+                "--no-psqlrc",
+                "--tuples-only",
+                "--no-align",
+                "--set=ON_ERROR_STOP=1",
+                "-c",
+                statement,
+                "postgres",
+            ])
+            .run()?;
+        Ok(said.trim().to_owned())
+    }
+
+    /// pgbench's tables.
+    pub fn bench_prepare(&self, scale: u32) -> Result<()> {
+        self.bench()
+            .args(["--initialize", "--quiet", &format!("--scale={scale}"), "postgres"])
+            .run()
+            .map(drop)
+    }
+
+    fn bench(&self) -> Cmd {
+        as_postgres(&self.bin.join("pgbench")).args(self.connection())
+    }
+
+    /// Runs exactly this many transactions and returns when all are committed.
+    pub fn bench_exactly(&self, transactions: u32) -> Result<()> {
+        self.bench()
+            .args([
+                "--no-vacuum",
+                "--client=4",
+                &format!("--transactions={}", transactions / 4),
+                "postgres",
+            ])
+            .run()
+            .map(drop)
+    }
+
+    /// Runs transactions until the server stops.
+    pub fn bench_until_stopped(&self) -> Result<Background> {
+        let null = File::options().write(true).open("/dev/null")?;
+        self.bench()
+            .args(["--no-vacuum", "--client=4", "--time=600", "postgres"])
+            .spawn(null.try_clone()?, null)
+    }
+
+    /// Committed pgbench transactions.
+    pub fn history(&self) -> Result<u64> {
+        Ok(self.sql("SELECT count(*) FROM pgbench_history")?.parse()?)
+    }
+
+    /// amcheck over every table and B-tree of the database, heap against index; and pgbench's own invariant.
+    pub fn check(&self) -> Result<()> {
+        self.sql("CREATE EXTENSION IF NOT EXISTS amcheck")?;
+        as_postgres(&self.bin.join("pg_amcheck"))
+            .args(self.connection())
+            .args(["--heapallindexed", "postgres"])
+            .run()?;
+        let sums = self.sql(
+            "SELECT (SELECT sum(abalance) FROM pgbench_accounts) || ' ' || (SELECT sum(tbalance) FROM pgbench_tellers) || ' ' ||
+             (SELECT sum(bbalance) FROM pgbench_branches) || ' ' || (SELECT coalesce(sum(delta), 0) FROM pgbench_history)",
+        )?;
+        let mut sums = sums.split(' ');
+        let first = sums.next().context("sums")?;
+        ensure!(
+            sums.all(|sum| sum == first),
+            "every transaction changes all four tables or none"
+        );
+        Ok(())
+    }
+
+    /// The machine is gone: ends every process of the server, whose files no longer answer.
+    pub fn die(mut self) {
+        self.kill();
+    }
+
+    fn kill(&mut self) {
+        self.running = false;
+        let marker = self.data.display().to_string();
+        let of_server = || -> Vec<u32> {
+            let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+            let pids = entries.filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok());
+            pids.filter(|pid| {
+                let here = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+                here.to_string_lossy().starts_with(&marker) && alive(*pid)
+            })
+            .collect()
+        };
+        for pid in of_server() {
+            let _ = signal(pid, "KILL");
+        }
+        let _ = until("the server is gone", Duration::from_secs(20), || {
+            Ok(of_server().is_empty())
+        });
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if self.running {
+            self.kill();
+        }
+    }
+}
