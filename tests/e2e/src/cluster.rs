@@ -40,6 +40,17 @@ pub struct Options {
     pub parent: PathBuf,
 }
 
+impl Options {
+    /// Two nodes, a and b.
+    #[must_use]
+    pub fn two() -> Self {
+        Self {
+            nodes: ["a", "b"].map(str::to_owned).to_vec(),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         let in_vm = std::env::var_os("MARS_IN_VM").is_some();

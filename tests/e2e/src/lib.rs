@@ -9,6 +9,7 @@
     reason = "an error or panic of the harness is the failure of a test, and says its own story"
 )]
 
+pub mod backing;
 pub mod cluster;
 pub mod device;
 pub mod ledger;

@@ -191,8 +191,17 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
     Cmd::new(program).args(args).run()
 }
 
+/// An emulated machine is slow: all limits are longer there.
+fn patient(limit: Duration) -> Duration {
+    if std::env::var_os("MARS_IN_VM").is_some() {
+        limit * 6
+    } else {
+        limit
+    }
+}
+
 fn wait_limited(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
-    let begin = Instant::now();
+    let (begin, limit) = (Instant::now(), patient(limit));
     let mut pause = Duration::from_millis(1);
     loop {
         if let Some(status) = child.try_wait()? {
@@ -281,7 +290,7 @@ pub fn alive(pid: u32) -> bool {
 
 /// Polls until `condition` is true; an error of the condition counts as "not yet" and is shown when time is up.
 pub fn until(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let begin = Instant::now();
+    let (begin, limit) = (Instant::now(), patient(limit));
     loop {
         let outcome = condition();
         if matches!(outcome, Ok(true)) {
