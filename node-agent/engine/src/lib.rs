@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod chain;
+pub mod clock;
 pub mod format;
 pub mod jobs;
 pub mod lineage;
@@ -13,6 +14,7 @@ pub mod log;
 pub mod overlay;
 pub mod owner;
 pub mod replication;
+pub mod slot;
 pub mod state;
 pub mod store;
 pub mod store_sim;

@@ -41,8 +41,11 @@ pub enum FormatError {
 #[must_use]
 pub fn crc32c(parts: &[&[u8]]) -> u32 {
     let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
-    parts.iter().for_each(|part| digest.update(part));
-    u32::try_from(digest.finalize()).expect("CRC-32C has 32 bits")
+    for part in parts {
+        digest.update(part);
+    }
+    let [_, _, _, _, a, b, c, d] = digest.finalize().to_be_bytes();
+    u32::from_be_bytes([a, b, c, d])
 }
 
 /// `N` bytes at `at`; the callers pass fixed layouts.

@@ -151,6 +151,11 @@ impl<F: StoreFile> Cursor<F> {
         self.proven
     }
 
+    /// What the walk through the segment before has learned, when the header does not know.
+    pub(super) fn expect_sequence(&mut self, sequence: Option<u64>) {
+        self.sequence = self.sequence.or(sequence);
+    }
+
     pub(super) fn header(&self) -> &SegmentHeader {
         &self.header
     }

@@ -11,6 +11,7 @@ pub mod scan;
 pub mod writer;
 
 pub use classify::TailClass;
+pub use cursor::Stop;
 pub use rewrite::{Rewritten, TailItem, TailRewrite};
 pub use writer::{AppendError, Appended, LogWriter, SyncResult};
 

@@ -16,13 +16,13 @@
 
 use super::rewrite::{Piece, Rewritten, TailItem, TailRewrite};
 use super::{SegmentMeta, align_up};
-use crate::api::Compression;
+use crate::api::{Compression, LogView, SegmentView};
 use crate::chain;
 use crate::format::FormatError;
 use crate::format::batch::{BATCH_HEADER_BYTES, BatchHeader};
 use crate::format::record::{HEADER_LEN, Record, RecordHeader, RecordKind};
 use crate::format::segment::{FIRST_BATCH_OFFSET, LogIdentity, SegmentHeader};
-use crate::lineage::EpochEntry;
+use crate::lineage::{EpochEntry, Lineage};
 use crate::store::{SegmentName, Store, StoreFile};
 use crate::types::{ByteRange, Lamport, Lsn, Position};
 use bytes::Bytes;
@@ -152,6 +152,9 @@ pub struct LogState {
 
 impl LogState {
     /// A log that begins at `start`, without any segment: the position where `epoch` begins, or one within it (sync target).
+    ///
+    /// # Panics
+    /// When `start` names another epoch.
     #[must_use]
     pub fn empty(identity: LogIdentity, next_number: u32, epoch: EpochEntry, start: Position) -> Self {
         assert_eq!(epoch.id, start.epoch, "a log begins in the epoch it names");
@@ -172,6 +175,9 @@ impl LogState {
 impl<S: Store> LogWriter<S> {
     /// Takes over a log that was begun or recovered. A recovered one is poisoned at first: what is not proven durable
     /// is to be rewritten before anything else, and no old file is ever continued.
+    ///
+    /// # Panics
+    /// When the parts of the state contradict each other.
     #[must_use]
     pub fn new(state: LogState, compression: Compression) -> Self {
         let LogState {
@@ -253,6 +259,32 @@ impl<S: Store> LogWriter<S> {
         &self.segments
     }
 
+    /// What may be shown to other members: nothing that is not durable.
+    #[must_use]
+    pub fn view(&self, lineage: Lineage) -> LogView {
+        let begun_later = |epoch| {
+            self.tail
+                .iter()
+                .filter_map(TailItem::epoch)
+                .any(|entry| entry.id == epoch)
+        };
+        let durable = self.segments.iter().take_while(|segment| {
+            segment.start.lsn < self.durable.lsn
+                || (segment.start.lsn == self.durable.lsn && !begun_later(segment.start.epoch))
+        });
+        let segments = durable
+            .map(|segment| SegmentView {
+                name: segment.name,
+                start: segment.start,
+            })
+            .collect();
+        LogView {
+            segments,
+            durable: self.durable,
+            lineage,
+        }
+    }
+
     /// Why the log must be rewritten, if it must.
     #[must_use]
     pub fn poisoned(&self) -> Option<&str> {
@@ -310,6 +342,9 @@ impl<S: Store> LogWriter<S> {
     ///
     /// # Errors
     /// See [`AppendError`].
+    ///
+    /// # Panics
+    /// Never: a segment is there once there is room.
     pub fn append_record(&mut self, record: Record) -> Result<Appended, AppendError> {
         self.check_writable()?;
         let header = &record.header;
@@ -345,21 +380,20 @@ impl<S: Store> LogWriter<S> {
     /// The one write of a record: with the batch header when it opens a batch.
     fn write_record(&mut self, record: &Record) -> io::Result<()> {
         let current = self.current.as_mut().expect("make_room found a segment");
-        let (opening, (compression, batch_crc)) = match current.batch {
-            Some(batch) => (None, batch),
-            None => {
-                current.offset = align_up(current.offset);
-                let header = BatchHeader {
-                    segment: self.segments.last().expect("a segment is being written").name,
-                    file_offset: current.offset,
-                    start: self.appended,
-                    first_sequence: record.header.sequence,
-                    durable: self.durable.lsn,
-                    compression: self.compression,
-                };
-                let (bytes, crc) = header.encode(current.crc);
-                (Some(bytes), (self.compression, crc))
-            }
+        let (opening, (compression, batch_crc)) = if let Some(batch) = current.batch {
+            (None, batch)
+        } else {
+            current.offset = align_up(current.offset);
+            let header = BatchHeader {
+                segment: self.segments.last().expect("a segment is being written").name,
+                file_offset: current.offset,
+                start: self.appended,
+                first_sequence: record.header.sequence,
+                durable: self.durable.lsn,
+                compression: self.compression,
+            };
+            let (bytes, crc) = header.encode(current.crc);
+            (Some(bytes), (self.compression, crc))
         };
         let stored = self.packer.pack(compression, &record.payload);
         let header = record.header.encode(stored, batch_crc);

@@ -1,0 +1,204 @@
+//! Which files in the log directory make up the log.
+//!
+//! Segments in the order of their numbers; one that starts lower than an earlier one supersedes it. Files with an all-zero
+//! header were prepared and never used.
+//!
+//! Invariant: a file is called stale only on positive evidence (a later segment supersedes it, its header was never written, or it is
+//! proven not to lead to its successor), never because something else is damaged.
+
+use super::{
+    Cursor, FileId, FormatError, ScanError, ScanParams, SegmentHeader, SegmentMeta, SegmentName, Step, Stop, Store,
+    StoreFile, TailClass, io_error,
+};
+
+/// A segment with a valid header.
+pub(super) struct Found<F> {
+    pub(super) file: F,
+    pub(super) header: SegmentHeader,
+    crc: u32,
+    file_bytes: u64,
+}
+
+impl<F: StoreFile> Found<F> {
+    pub(super) fn cursor(&self) -> Result<Cursor<F>, ScanError> {
+        Cursor::new(self.file.clone(), self.header.clone(), self.crc)
+            .map_err(io_error(format!("open {}", self.header.name)))
+    }
+
+    pub(super) fn meta(&self) -> SegmentMeta {
+        SegmentMeta {
+            name: self.header.name,
+            start: self.header.start(),
+            file_bytes: self.file_bytes,
+        }
+    }
+
+    /// Whether the content leads to exactly the beginning of `next`.
+    fn leads_to(&self, next: &SegmentHeader) -> Result<bool, ScanError> {
+        let mut cursor = self.cursor()?;
+        loop {
+            let step = cursor
+                .next(next.start_lsn)
+                .map_err(io_error(format!("read {}", self.header.name)))?;
+            match step {
+                Step::Record(_) => {}
+                Step::Limit => return Ok(cursor.at().lsn == next.start_lsn && cursor.at().chain == next.start_chain),
+                Step::Stop(_) => return Ok(false),
+            }
+        }
+    }
+}
+
+/// See the module.
+pub(super) struct Inventory<F> {
+    /// What makes up the log, ascending.
+    pub(super) segments: Vec<Found<F>>,
+    /// What does not.
+    pub(super) stale: Vec<SegmentName>,
+    /// Files whose header is damaged.
+    pub(super) damaged: Vec<SegmentName>,
+    pub(super) next_number: u32,
+}
+
+/// Whether `earlier` still tells something although `later` begins at or below it: its epoch, when that is empty.
+fn is_witness(earlier: &SegmentHeader, later: &SegmentHeader) -> bool {
+    let parent = &later.epoch.parent;
+    earlier.start_lsn == later.start_lsn && earlier.epoch.id == parent.epoch && parent.lsn == later.start_lsn
+}
+
+impl<F: StoreFile> Inventory<F> {
+    /// Reads all headers.
+    pub(super) fn take<S: Store<File = F>>(store: &S, params: &ScanParams) -> Result<Self, ScanError> {
+        let files = store.list().map_err(io_error("list the log directory"))?;
+        let mut names: Vec<SegmentName> = files
+            .into_iter()
+            .filter_map(|id| {
+                if let FileId::Segment(name) = id {
+                    Some(name)
+                } else {
+                    None
+                }
+            })
+            .collect();
+        names.sort_unstable();
+        let mut inventory = Self {
+            segments: Vec::new(),
+            stale: Vec::new(),
+            damaged: Vec::new(),
+            next_number: 1,
+        };
+        for name in names {
+            inventory.next_number = inventory.next_number.max(name.number.saturating_add(1));
+            if name.number < params.first_segment {
+                inventory.stale.push(name);
+            } else {
+                inventory.add(store, params, name)?;
+            }
+        }
+        Ok(inventory)
+    }
+
+    fn add<S: Store<File = F>>(&mut self, store: &S, params: &ScanParams, name: SegmentName) -> Result<(), ScanError> {
+        let file = store
+            .open(&FileId::Segment(name))
+            .map_err(io_error(format!("open {name}")))?;
+        let header = match Cursor::read_header(&file).map_err(io_error(format!("read the header of {name}")))? {
+            Ok((header, crc)) if header.name == name => (header, crc),
+            Err(FormatError::Zero) => {
+                self.stale.push(name);
+                return Ok(());
+            }
+            Err(error @ FormatError::Newer { .. }) => return Err(ScanError::Newer { segment: name, error }),
+            Ok(_) | Err(_) => {
+                self.damaged.push(name);
+                return Ok(());
+            }
+        };
+        let (header, crc) = header;
+        if header.identity != params.identity {
+            let whose = header.identity;
+            let owner = format!(
+                "cluster {}, resource {}, replica {}",
+                whose.cluster, whose.resource, whose.replica
+            );
+            return Err(ScanError::Foreign { segment: name, owner });
+        }
+        while let Some(last) = self.segments.last()
+            && last.header.start_lsn >= header.start_lsn
+            && !is_witness(&last.header, &header)
+        {
+            self.stale.push(last.header.name);
+            self.segments.pop();
+        }
+        let file_bytes = file.size().map_err(io_error(format!("size of {name}")))?;
+        self.segments.push(Found {
+            file,
+            header,
+            crc,
+            file_bytes,
+        });
+        Ok(())
+    }
+
+    /// Segments before `index` that do not lead to it are left-overs of a removal that was interrupted. Returns the new index.
+    pub(super) fn forget_strangers_before(&mut self, index: usize) -> Result<usize, ScanError> {
+        for later in (1..=index).rev() {
+            let header = &self.segments[later].header;
+            let earlier = &self.segments[later - 1];
+            if header.previous == earlier.header.name.number {
+                continue;
+            }
+            let hidden = self
+                .damaged
+                .iter()
+                .any(|name| (earlier.header.name..header.name).contains(name));
+            if hidden || earlier.leads_to(header)? {
+                continue;
+            }
+            let strangers: Vec<SegmentName> = self.segments.drain(..later).map(|found| found.header.name).collect();
+            self.stale.extend(strangers);
+            self.stale.sort_unstable();
+            return Ok(index - later);
+        }
+        Ok(index)
+    }
+
+    /// A walk that ended in front of a file with a damaged header ended because of it.
+    pub(super) fn blame_damaged_header(&self, stop: Stop) -> Stop {
+        let ended = matches!(stop.class, TailClass::Zero | TailClass::Recycled);
+        let next = self
+            .segments
+            .iter()
+            .map(|found| found.header.name)
+            .find(|name| *name > stop.segment);
+        let hidden = |name: &&SegmentName| **name > stop.segment && next.is_none_or(|next| **name < next);
+        match self.damaged.iter().find(hidden) {
+            Some(name) if ended => Stop {
+                segment: *name,
+                file_offset: 0,
+                lsn: stop.lsn,
+                class: TailClass::Header,
+            },
+            _ => stop,
+        }
+    }
+
+    /// The log does not reach back far enough.
+    pub(super) fn missing(&self, params: &ScanParams) -> ScanError {
+        let mut present = match self.segments.first() {
+            None => "there is no segment".to_owned(),
+            Some(first) => format!(
+                "the oldest segment, {}, starts at {}",
+                first.header.name, first.header.start_lsn
+            ),
+        };
+        if !self.damaged.is_empty() {
+            let names: Vec<String> = self.damaged.iter().map(ToString::to_string).collect();
+            present = format!("{present}, and the headers of {} are damaged", names.join(", "));
+        }
+        ScanError::Missing {
+            wanted: params.from,
+            present,
+        }
+    }
+}
