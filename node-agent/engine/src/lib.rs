@@ -17,6 +17,7 @@ pub mod replication;
 pub mod slot;
 pub mod state;
 pub mod store;
+pub mod store_fs;
 pub mod store_sim;
 pub mod types;
 pub mod writeback;

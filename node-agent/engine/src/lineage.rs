@@ -1,8 +1,10 @@
 //! Histories: which epochs led to a position, and how two histories relate.
 //!
-//! Invariant: relations are decided from epochs, LSNs and chain hashes only; never from names, clocks or reachability.
+//! Invariant: relations are decided from epochs, LSNs and chain hashes only; never from names, clocks or reachability. Within
+//! one epoch only one replica ever wrote, so two positions of the same epoch lie on one line; that the bytes are equal too is
+//! proven by the chain when a fetch opens.
 
-use crate::types::{EpochId, Lamport, Position, ReplicaId};
+use crate::types::{EpochId, Lamport, Lsn, Position, ReplicaId};
 use serde::{Deserialize, Serialize};
 
 /// Why an epoch began. Numbers are on disk and on the wire.
@@ -54,3 +56,141 @@ pub struct EpochEntry {
 /// All epochs that lead to a position, oldest first; `parent.epoch` of each is the id of the one before.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lineage(pub Vec<EpochEntry>);
+
+impl Lineage {
+    /// Whether each epoch begins in the one before it, and not before that one.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub fn check(&self) -> Result<(), String> {
+        for (before, entry) in self.0.iter().zip(self.0.iter().skip(1)) {
+            if entry.parent.epoch != before.id {
+                return Err(format!("epoch {} does not continue {}", entry.id, before.id));
+            }
+            if entry.parent.lsn < before.parent.lsn {
+                return Err(format!(
+                    "epoch {} begins before {}, which it continues",
+                    entry.id, before.id
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How our history relates to theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relation {
+    /// Both end at the same place.
+    Same,
+    /// Theirs continues ours.
+    Behind {
+        /// By this much.
+        bytes: u64,
+    },
+    /// Ours continues theirs.
+    Ahead {
+        /// By this much.
+        bytes: u64,
+    },
+    /// They part.
+    Fork(Fork),
+    /// Same epoch and LSN, but another chain: one side's log is damaged or forged.
+    Differs {
+        /// Where.
+        at: Lsn,
+    },
+}
+
+/// Where two histories part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fork {
+    /// Last common position.
+    pub at: Lsn,
+    /// When they parted: start of the first epoch that is not common; zero when unknown.
+    pub since: Lamport,
+    /// Bytes only we have.
+    pub ours_bytes: u64,
+    /// Bytes only they have.
+    pub theirs_bytes: u64,
+}
+
+/// Compares two histories: ours first.
+#[must_use]
+pub fn relate(ours: (&Lineage, Position), theirs: (&Lineage, Position)) -> Relation {
+    let common = ours
+        .0
+        .0
+        .iter()
+        .zip(&theirs.0.0)
+        .take_while(|(a, b)| a.id == b.id && a.parent == b.parent)
+        .count();
+    let ours = Branch::beyond(ours.0, ours.1, common);
+    let theirs = Branch::beyond(theirs.0, theirs.1, common);
+    // `left` is where each side leaves the last common epoch; a side with later epochs cannot come back to it.
+    let at = ours.left.lsn.min(theirs.left.lsn);
+    let fork = || {
+        let since = [ours.next_began, theirs.next_began]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or_default();
+        let (ours_bytes, theirs_bytes) = (ours.end.bytes_since(at), theirs.end.bytes_since(at));
+        Relation::Fork(Fork {
+            at,
+            since,
+            ours_bytes,
+            theirs_bytes,
+        })
+    };
+    if common > 0 && ours.left.lsn == theirs.left.lsn && ours.left.chain != theirs.left.chain {
+        return Relation::Differs { at };
+    }
+    let bytes = ours.end.0.abs_diff(theirs.end.0);
+    match (ours.next_began.is_some(), theirs.next_began.is_some()) {
+        (true, true) => fork(),
+        (false, true) if ours.left.lsn > theirs.left.lsn => fork(),
+        (true, false) if theirs.left.lsn > ours.left.lsn => fork(),
+        (false, false) if bytes == 0 => Relation::Same,
+        (false, true) => Relation::Behind { bytes },
+        (false, false) if ours.end < theirs.end => Relation::Behind { bytes },
+        (true | false, false) => Relation::Ahead { bytes },
+    }
+}
+
+/// The history up to `at`: the epochs that begin at or before it, its own the last.
+#[must_use]
+pub fn prefix(lineage: &Lineage, at: Position) -> Lineage {
+    let own = lineage.0.iter().position(|entry| entry.id == at.epoch);
+    Lineage(lineage.0[..own.map_or(0, |index| index + 1)].to_vec())
+}
+
+/// One side, seen from the last common epoch.
+struct Branch {
+    /// Its position at the end of the last common epoch.
+    left: Position,
+    /// When its first own epoch began, if it has one.
+    next_began: Option<Lamport>,
+    /// Its very end.
+    end: Lsn,
+}
+
+impl Branch {
+    fn beyond(lineage: &Lineage, end: Position, common: usize) -> Self {
+        match lineage.0.get(common) {
+            Some(next) => Self {
+                left: next.parent,
+                next_began: Some(next.lamport),
+                end: end.lsn,
+            },
+            None => Self {
+                left: end,
+                next_began: None,
+                end: end.lsn,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ mod cursor;
 pub mod reader;
 mod rewrite;
 pub mod scan;
+pub mod serve;
 pub mod writer;
 
 pub use classify::TailClass;

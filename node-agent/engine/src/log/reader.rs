@@ -154,12 +154,20 @@ impl<S: Store> LogReader<S> {
         }
     }
 
-    /// Reads on, up to the durable end of `view`, records of at least one and about `max_bytes` bytes of history: more than
-    /// `max_bytes` by less than one record.
+    /// Whether the reader stands at `at`. Where one epoch ends and the next begins it can stand at both.
+    pub fn is_at(&mut self, at: Position) -> bool {
+        if self.pending.as_ref().is_some_and(|entry| entry.id == at.epoch) {
+            self.pending = None;
+        }
+        self.position() == at
+    }
+
+    /// Reads on, up to `until` and the durable end of `view`: at least one record and about `max_bytes` of history (more
+    /// than that by less than one record).
     ///
     /// # Errors
     /// See [`ReadError`].
-    pub fn next(&mut self, view: &LogView, max_bytes: u64) -> Result<Next, ReadError> {
+    pub fn next(&mut self, view: &LogView, until: Lsn, max_bytes: u64) -> Result<Next, ReadError> {
         if let Some(entry) = self.pending.take() {
             return Ok(Next::Epoch(entry));
         }
@@ -173,8 +181,14 @@ impl<S: Store> LogReader<S> {
                 continue;
             };
             let start = self.cursor.at();
-            if start.lsn < end_of(view, index) {
-                return self.read(start, end_of(view, index), max_bytes).map(Next::Records);
+            let end = end_of(view, index);
+            if start.lsn < end {
+                let chunk = if start.lsn < until {
+                    self.read(start, end, until, max_bytes)?
+                } else {
+                    None
+                };
+                return Ok(chunk.map_or(Next::End, Next::Records));
             }
             match view.segments.get(index + 1) {
                 None => return Ok(Next::End),
@@ -187,24 +201,29 @@ impl<S: Store> LogReader<S> {
         }
     }
 
-    fn read(&mut self, start: Position, limit: Lsn, max_bytes: u64) -> Result<LogChunk, ReadError> {
+    /// `None` when the first record would cross `until`.
+    fn read(&mut self, start: Position, end: Lsn, until: Lsn, max_bytes: u64) -> Result<Option<LogChunk>, ReadError> {
         let name = self.cursor.header().name;
         self.cursor.forget_window();
         let mut records = Vec::new();
         let mut bytes = 0;
         while bytes < max_bytes || records.is_empty() {
-            match self.cursor.next(limit).map_err(io_error("read", name))? {
+            match self.cursor.next(end.min(until)).map_err(io_error("read", name))? {
                 Step::Record(record) => {
                     bytes += record.lsn_bytes();
                     records.push(record);
                 }
                 Step::Limit => break,
+                Step::Stop(stop) if until < end && stop.class == TailClass::SequenceJump => break,
                 Step::Stop(stop) => return Err(ReadError::Defect(stop)),
             }
         }
+        if records.is_empty() {
+            return Ok(None);
+        }
         let chunk = LogChunk::build(start, records).map_err(|_| defect(name, start.lsn, TailClass::Foreign))?;
         assert_eq!(chunk.end(), self.cursor.at(), "a chunk ends where its reader stands");
-        Ok(chunk)
+        Ok(Some(chunk))
     }
 
     /// Goes on in the next segment; says so when an epoch begins with it.

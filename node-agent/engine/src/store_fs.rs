@@ -1,0 +1,355 @@
+//! Real files: the directory of one replica, and its data disk.
+//!
+//! ```text
+//! <replica directory>/slot-0, slot-1            saved state
+//!                    /log/log-000000001-0123abcd  segments
+//!                    /summary/log-000000001-0123abcd  touched extents
+//! ```
+//! The data disk comes in as an open file: whoever opened it holds it exclusively (`O_EXCL` on a block device).
+//!
+//! Invariants: nothing is created except by `create` and `create_layout`; a layout that is missing is an error, never made up
+//! for. A file has all its blocks written and is in its directory durably before anybody gets it.
+
+use crate::store::{FileId, SegmentName, Store, StoreFile};
+use crate::types::ByteRange;
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How much is written at a time when a file is filled (bytes).
+const FILL_BYTES: usize = 1 << 20;
+static ZEROS: [u8; FILL_BYTES] = [0; FILL_BYTES];
+const LOG_DIR: &str = "log";
+const SUMMARY_DIR: &str = "summary";
+
+/// The files of one replica.
+#[derive(Debug, Clone)]
+pub struct FsStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    path: PathBuf,
+    root: OwnedFd,
+    log: OwnedFd,
+    summary: OwnedFd,
+    data: FsFile,
+}
+
+/// An open file.
+#[derive(Debug, Clone)]
+pub struct FsFile {
+    file: Arc<File>,
+    is_block_device: bool,
+}
+
+fn open_dir(parent: &impl std::os::fd::AsFd, name: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(parent, name, flags, Mode::empty())?)
+}
+
+fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    let path = path.display().to_string();
+    move |error| io::Error::new(error.kind(), format!("{path}: {error}"))
+}
+
+impl FsStore {
+    /// Makes the layout of a replica that is new on this node, durably. Safe to repeat.
+    ///
+    /// # Errors
+    /// Any I/O error; the directory itself and its parent must exist.
+    pub fn create_layout(path: &Path) -> io::Result<()> {
+        for name in [LOG_DIR, SUMMARY_DIR] {
+            let dir = path.join(name);
+            match std::fs::create_dir(&dir) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(named(&dir)(error)),
+                _ => {}
+            }
+        }
+        let root = File::open(path).map_err(named(path))?;
+        root.sync_all().map_err(named(path))
+    }
+
+    /// Opens the directory of a replica. `data` is its data disk, opened for reading and writing.
+    ///
+    /// # Errors
+    /// `NotFound` when the layout is not there; any I/O error.
+    pub fn open(path: &Path, data: File) -> io::Result<Self> {
+        let root: OwnedFd = File::open(path).map_err(named(path))?.into();
+        let log = open_dir(&root, LOG_DIR).map_err(named(&path.join(LOG_DIR)))?;
+        let summary = open_dir(&root, SUMMARY_DIR).map_err(named(&path.join(SUMMARY_DIR)))?;
+        let data = FsFile::new(data)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                path: path.to_owned(),
+                root,
+                log,
+                summary,
+                data,
+            }),
+        })
+    }
+
+    /// The directory this store was opened with.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+
+    fn place(&self, id: &FileId) -> (&OwnedFd, String) {
+        let shared = &self.shared;
+        match id {
+            FileId::Data => unreachable!("the data disk is not in the directory"),
+            FileId::Slot(index) => (&shared.root, format!("slot-{index}")),
+            FileId::Segment(name) => (&shared.log, name.to_string()),
+            FileId::Summary(name) => (&shared.summary, name.to_string()),
+        }
+    }
+
+    fn sync_dir_fd(dir: &OwnedFd) -> io::Result<()> {
+        Ok(rustix::fs::fsync(dir)?)
+    }
+
+    fn list_dir(&self, dir: &OwnedFd, make: fn(SegmentName) -> FileId, into: &mut Vec<FileId>) -> io::Result<()> {
+        for entry in rustix::fs::Dir::read_from(dir)? {
+            let entry = entry?;
+            match entry.file_name().to_str().ok().and_then(parse_segment_name) {
+                Some(name) => into.push(make(name)),
+                None if matches!(entry.file_name().to_bytes(), b"." | b".." | b"lost+found") => {}
+                None => {
+                    let path = &self.shared.path;
+                    tracing::warn!(path = %path.display(), file = ?entry.file_name(), "not a file of a replica: left alone");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads `log-<9 or more digits>-<8 hexadecimal digits>`; only the form that is written.
+fn parse_segment_name(text: &str) -> Option<SegmentName> {
+    let (number, origin) = text.strip_prefix("log-")?.split_once('-')?;
+    let name = SegmentName {
+        number: number.parse().ok()?,
+        origin: u32::from_str_radix(origin, 16).ok()?,
+    };
+    (name.to_string() == text).then_some(name)
+}
+
+impl Store for FsStore {
+    type File = FsFile;
+
+    fn create(&self, id: &FileId, len: u64) -> io::Result<FsFile> {
+        assert!(*id != FileId::Data, "the data disk is never created by the engine");
+        let (dir, name) = self.place(id);
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let fd = rustix::fs::openat(dir, &name, flags, Mode::RUSR | Mode::WUSR)?;
+        let file = FsFile::new(File::from(fd))?;
+        let filled = file
+            .fill(len)
+            .and_then(|()| file.file.sync_all())
+            .and_then(|()| Self::sync_dir_fd(dir));
+        if let Err(error) = filled {
+            if let Err(unlink) = rustix::fs::unlinkat(dir, &name, AtFlags::empty()) {
+                tracing::warn!(file = name, error = %unlink, "an incomplete file stays behind");
+            }
+            return Err(error);
+        }
+        Ok(file)
+    }
+
+    fn open(&self, id: &FileId) -> io::Result<FsFile> {
+        if *id == FileId::Data {
+            return Ok(self.shared.data.clone());
+        }
+        let (dir, name) = self.place(id);
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        FsFile::new(File::from(rustix::fs::openat(dir, &name, flags, Mode::empty())?))
+    }
+
+    fn remove(&self, id: &FileId) -> io::Result<()> {
+        assert!(*id != FileId::Data, "the data disk is never removed by the engine");
+        let (dir, name) = self.place(id);
+        match rustix::fs::unlinkat(dir, &name, AtFlags::empty()) {
+            Err(Errno::NOENT) | Ok(()) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn list(&self) -> io::Result<Vec<FileId>> {
+        let mut files = Vec::new();
+        self.list_dir(&self.shared.log, FileId::Segment, &mut files)?;
+        self.list_dir(&self.shared.summary, FileId::Summary, &mut files)?;
+        Ok(files)
+    }
+
+    fn sync_dir(&self) -> io::Result<()> {
+        Self::sync_dir_fd(&self.shared.log)?;
+        Self::sync_dir_fd(&self.shared.summary)?;
+        Self::sync_dir_fd(&self.shared.root)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let stat = rustix::fs::fstatvfs(&self.shared.log)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+}
+
+impl FsFile {
+    fn new(file: File) -> io::Result<Self> {
+        use std::os::unix::fs::FileTypeExt;
+        let is_block_device = file.metadata()?.file_type().is_block_device();
+        Ok(Self {
+            file: Arc::new(file),
+            is_block_device,
+        })
+    }
+
+    /// Writes `len` zeros from the start: written blocks, not unwritten extents, so that later syncs change no metadata.
+    fn fill(&self, len: u64) -> io::Result<()> {
+        let mut offset = 0;
+        while offset < len {
+            let count = usize::try_from(len - offset).map_or(FILL_BYTES, |rest| rest.min(FILL_BYTES));
+            self.write_at(&[&ZEROS[..count]], offset)?;
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let count = usize::try_from(end - at).map_or(FILL_BYTES, |rest| rest.min(FILL_BYTES));
+            self.write_at(&[&ZEROS[..count]], at)?;
+            at += count as u64;
+        }
+        Ok(())
+    }
+}
+
+impl StoreFile for FsFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&*self.file, buffer, offset)
+    }
+
+    fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let done = match parts {
+            [one] => pwrite_once(&self.file, &[IoSlice::new(one)], offset)?,
+            [one, two] => pwrite_once(&self.file, &[IoSlice::new(one), IoSlice::new(two)], offset)?,
+            [one, two, three] => pwrite_once(
+                &self.file,
+                &[IoSlice::new(one), IoSlice::new(two), IoSlice::new(three)],
+                offset,
+            )?,
+            _ => 0,
+        };
+        if done == total {
+            Ok(())
+        } else {
+            self.write_rest(parts, offset, done)
+        }
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        // A hole in a file; on a block device the kernel unmaps only where that is sure to read as zeros afterwards.
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&*self.file, punch, offset, len) {
+            Ok(()) => return Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NODEV) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if self.is_block_device {
+            let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+            if rustix::fs::fallocate(&*self.file, zero, offset, len).is_ok() {
+                return Ok(());
+            }
+        }
+        self.write_zeros(offset, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        if self.is_block_device {
+            // All other I/O names its offset, so that the shared file position does not matter.
+            return Ok(rustix::fs::seek(&*self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<ByteRange>> {
+        let size = self.size()?;
+        if from >= size {
+            return Ok(None);
+        }
+        let everything = ByteRange {
+            offset: from,
+            len: size - from,
+        };
+        if self.is_block_device {
+            return Ok(Some(everything));
+        }
+        let offset = match rustix::fs::seek(&*self.file, SeekFrom::Data(from)) {
+            Ok(offset) => offset,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL) => return Ok(Some(everything)),
+            Err(error) => return Err(error.into()),
+        };
+        let end = rustix::fs::seek(&*self.file, SeekFrom::Hole(offset))?;
+        Ok((offset < end).then(|| ByteRange {
+            offset,
+            len: end - offset,
+        }))
+    }
+}
+
+fn pwrite_once(file: &File, slices: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
+    loop {
+        match rustix::io::pwritev(file, slices, offset) {
+            Err(Errno::INTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Most parts that one `pwritev` takes (`IOV_MAX`).
+const MAX_PARTS: usize = 1024;
+
+impl FsFile {
+    /// What a short write left, and lists of more than three parts.
+    #[cold]
+    fn write_rest(&self, parts: &[&[u8]], offset: u64, mut done: usize) -> io::Result<()> {
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        while done < total {
+            let mut skip = done;
+            let mut slices = Vec::with_capacity(parts.len().min(MAX_PARTS));
+            for part in parts {
+                if skip >= part.len() {
+                    skip -= part.len();
+                } else if slices.len() < MAX_PARTS {
+                    slices.push(IoSlice::new(&part[std::mem::take(&mut skip)..]));
+                }
+            }
+            match pwrite_once(&self.file, &slices, offset + done as u64)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count => done += count,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,123 @@
+//! Real files behave as the engine expects of a store.
+
+use super::*;
+
+fn replica(data_bytes: u64) -> (tempfile::TempDir, FsStore) {
+    let dir = tempfile::tempdir().unwrap();
+    let data_path = dir.path().join("data");
+    let data = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&data_path)
+        .unwrap();
+    data.set_len(data_bytes).unwrap();
+    FsStore::create_layout(dir.path()).unwrap();
+    FsStore::create_layout(dir.path()).unwrap();
+    let store = FsStore::open(dir.path(), data).unwrap();
+    (dir, store)
+}
+
+const NAME: SegmentName = SegmentName {
+    number: 12,
+    origin: 0xab,
+};
+
+#[test]
+fn a_created_file_is_all_zeros_with_all_blocks_and_is_never_replaced() {
+    use std::os::unix::fs::MetadataExt;
+    let (dir, store) = replica(0);
+    let id = FileId::Segment(NAME);
+    let file = store.create(&id, 3 << 20).unwrap();
+    assert_eq!(file.size().unwrap(), 3 << 20);
+    let path = dir.path().join("log/log-000000012-000000ab");
+    assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
+    assert!(
+        std::fs::metadata(&path).unwrap().blocks() * 512 >= 3 << 20,
+        "blocks are allocated"
+    );
+    assert_eq!(store.create(&id, 1).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(store.list().unwrap(), vec![id.clone()]);
+    store.remove(&id).unwrap();
+    store.remove(&id).unwrap();
+    store.sync_dir().unwrap();
+    assert!(store.list().unwrap().is_empty());
+    assert_eq!(store.open(&id).unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn any_number_of_parts_is_written_behind_one_another() {
+    let (_dir, store) = replica(1 << 20);
+    let data = store.open(&FileId::Data).unwrap();
+    for count in [1, 2, 3, 4, 7, 1030, 3000] {
+        let parts: Vec<Vec<u8>> = (0..count)
+            .map(|i| vec![u8::try_from(i % 251).unwrap(); i % 5])
+            .collect();
+        let slices: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
+        let whole = parts.concat();
+        data.write_at(&slices, 77).unwrap();
+        let mut back = vec![0; whole.len()];
+        data.read_at(&mut back, 77).unwrap();
+        assert_eq!(back, whole, "{count} parts");
+    }
+    data.sync().unwrap();
+    assert_eq!(
+        data.read_at(&mut [0; 2], (1 << 20) - 1).unwrap_err().kind(),
+        io::ErrorKind::UnexpectedEof
+    );
+}
+
+#[test]
+fn zeroed_ranges_read_as_zeros_and_holes_are_skipped() {
+    let (_dir, store) = replica(1 << 20);
+    let data = store.open(&FileId::Data).unwrap();
+    assert_eq!(data.next_data(0).unwrap(), None);
+    data.write_at(&[&vec![7; 128 << 10]], 256 << 10).unwrap();
+    let range = data.next_data(0).unwrap().unwrap();
+    assert!(range.offset <= 256 << 10 && range.end() >= 384 << 10);
+    data.zero_range((256 << 10) + 512, (128 << 10) - 1024).unwrap();
+    data.zero_range(0, 0).unwrap();
+    let mut back = vec![1; 128 << 10];
+    data.read_at(&mut back, 256 << 10).unwrap();
+    let edges = [&back[..512], &back[(128 << 10) - 512..]].concat();
+    assert!(back[512..(128 << 10) - 512].iter().all(|byte| *byte == 0));
+    assert_eq!(edges, [7; 1024]);
+    assert_eq!(data.next_data(1 << 20).unwrap(), None);
+}
+
+#[test]
+fn a_missing_layout_is_an_error_and_stays_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(dir.path().join("data"))
+        .unwrap();
+    let error = FsStore::open(dir.path(), data).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    assert!(error.to_string().contains("log"), "{error}");
+    assert!(!dir.path().join("log").exists());
+}
+
+#[test]
+fn only_names_that_are_written_are_read() {
+    assert_eq!(parse_segment_name("log-000000012-000000ab"), Some(NAME));
+    assert_eq!(
+        parse_segment_name("log-4000000000-ffffffff").unwrap().number,
+        4_000_000_000
+    );
+    for wrong in [
+        "log-12-000000ab",
+        "log-000000012-ab",
+        "log-000000012-000000AB",
+        "log-+00000012-000000ab",
+        "slot-0",
+    ] {
+        assert_eq!(parse_segment_name(wrong), None, "{wrong}");
+    }
+    let (dir, store) = replica(0);
+    std::fs::write(dir.path().join("log/notes.txt"), "mine").unwrap();
+    assert!(store.list().unwrap().is_empty());
+    assert!(store.free_bytes().unwrap() > 0);
+}
