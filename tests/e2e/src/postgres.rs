@@ -16,7 +16,23 @@ pub struct Postgres {
     bin: PathBuf,
     data: PathBuf,
     socket: PathBuf,
-    running: bool,
+    server: Background,
+}
+
+/// A process and its children.
+fn family_of(parent: u32) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok());
+    // After the closing bracket of the name: state, parent.
+    let is_child = |pid: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat
+            .rsplit_once(") ")
+            .map(|(_, rest)| rest.to_owned())
+            .unwrap_or_default();
+        fields.split(' ').nth(1) == Some(&parent.to_string())
+    };
+    pids.filter(|pid| *pid == parent || is_child(pid)).collect()
 }
 
 /// The newest server that Debian has installed.
@@ -73,33 +89,38 @@ impl Postgres {
         {
             Cmd::new("chmod").arg("a+x").arg(dir).run()?;
         }
-        let options = format!(
-            "-c listen_addresses='' -c unix_socket_directories='{}' -c max_wal_size=256MB",
-            socket.display()
-        );
         let log = data.join("server.log");
-        as_postgres(&bin.join("pg_ctl"))
-            .args(["start", "--wait", "--silent", "-o", &options, "-D"])
+        let out = File::options().create(true).append(true).open(&log)?;
+        // A child of ours, not of pg_ctl: so it can be waited for, also when it was killed.
+        let server = as_postgres(&bin.join("postgres"))
+            .args(["-c", "listen_addresses=", "-c", "max_wal_size=256MB", "-c"])
+            .arg(format!("unix_socket_directories={}", socket.display()))
+            .arg("-D")
             .arg(&data)
-            .arg("-l")
-            .arg(&log)
-            .run()
-            .with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
-        Ok(Self {
+            .spawn(out.try_clone()?, out)?;
+        let mut new = Self {
             bin,
             data,
             socket,
-            running: true,
-        })
+            server,
+        };
+        until("the database answers", LIMIT, || {
+            ensure!(
+                new.server.running()?,
+                "the server ended: {}",
+                std::fs::read_to_string(&log).unwrap_or_default()
+            );
+            new.sql("SELECT 1").map(|_| true)
+        })?;
+        Ok(new)
     }
 
     /// Clean stop: sessions are ended, a checkpoint is written.
     pub fn stop(mut self) -> Result<()> {
-        as_postgres(&self.bin.join("pg_ctl"))
-            .args(["stop", "--mode=fast", "--wait", "-D"])
-            .arg(&self.data)
-            .run()?;
-        self.running = false;
+        // SIGINT is the fast mode: sessions are ended.
+        self.server.signal("INT")?;
+        let status = self.server.wait(LIMIT)?;
+        ensure!(status.success(), "the server ended with {status}");
         // Only a stopped cluster can be checked: every page of every file.
         as_postgres(&self.bin.join("pg_checksums"))
             .args(["--check", "-D"])
@@ -196,29 +217,20 @@ impl Postgres {
     }
 
     fn kill(&mut self) {
-        self.running = false;
-        let marker = self.data.display().to_string();
-        let of_server = || -> Vec<u32> {
-            let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-            let pids = entries.filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok());
-            pids.filter(|pid| {
-                let here = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-                here.to_string_lossy().starts_with(&marker) && alive(*pid)
-            })
-            .collect()
-        };
-        for pid in of_server() {
-            let _ = signal(pid, "KILL");
+        let family = family_of(self.server.pid());
+        for pid in &family {
+            let _ = signal(*pid, "KILL");
         }
+        let _ = self.server.wait(Duration::from_secs(20));
         let _ = until("the server is gone", Duration::from_secs(20), || {
-            Ok(of_server().is_empty())
+            Ok(!family.iter().any(|pid| alive(*pid)))
         });
     }
 }
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        if self.running {
+        if self.server.running().unwrap_or(false) {
             self.kill();
         }
     }
