@@ -78,7 +78,7 @@ impl LoopFrontend {
     ///
     /// # Errors
     /// See [`KeeperError`]; devices go on meanwhile, but would not survive the death of this agent.
-    pub fn maintain(&self) -> Result<Hello, KeeperError> {
+    pub fn check_keeper(&self) -> Result<Hello, KeeperError> {
         let hello = self.keeper.hello()?;
         let mut open = self.open_devices();
         if open.keeper != Some(hello.instance) {
@@ -143,7 +143,7 @@ impl BlockFrontend for LoopFrontend {
 
     fn has_leftover(&self, replica: ReplicaId) -> Result<bool, FrontendError> {
         Ok(self
-            .maintain()?
+            .check_keeper()?
             .held
             .iter()
             .any(|(held, device)| *held == replica && device.is_some()))
@@ -215,6 +215,11 @@ impl BlockFrontend for LoopFrontend {
             Err(error) => return Err(FrontendError::from(error).into()),
         }
         Ok(self.forget(device.replica, seat)?)
+    }
+
+    fn maintain(&self) -> Result<(), FrontendError> {
+        self.check_keeper()?;
+        Ok(())
     }
 }
 

@@ -31,6 +31,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+use tracing::{info, warn};
 
 /// Name of a resource as it may stand in a path: a DNS label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -255,6 +257,14 @@ pub trait BlockFrontend: Send + Sync {
     /// # Errors
     /// See [`CloseError`].
     fn close(&self, device: &Device, seat: &Seat) -> Result<(), CloseError>;
+
+    /// Called every few seconds: repairs what keeps devices alive across restarts of the agent.
+    ///
+    /// # Errors
+    /// What is missing now; open devices go on meanwhile.
+    fn maintain(&self) -> Result<(), FrontendError> {
+        Ok(())
+    }
 }
 
 /// Where devices of this agent are made.
@@ -272,6 +282,7 @@ pub struct FrontendsConfig {
 pub struct Frontends {
     link_dir: PathBuf,
     available: Vec<Box<dyn BlockFrontend>>,
+    trouble: Mutex<Option<String>>,
 }
 
 impl Frontends {
@@ -285,7 +296,28 @@ impl Frontends {
         Self {
             link_dir: config.link_dir.clone(),
             available,
+            trouble: Mutex::new(None),
         }
+    }
+
+    /// Repairs what keeps devices alive across restarts of the agent, and remembers what could not be repaired.
+    pub(crate) fn maintain(&self) {
+        let failed = self.available.iter().find_map(|frontend| frontend.maintain().err());
+        let now = failed.map(|error| error.to_string());
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        if *trouble != now {
+            match &now {
+                Some(text) => warn!("devices would not survive the death of this agent: {text}"),
+                None => info!("devices survive the death of this agent again"),
+            }
+            *trouble = now;
+        }
+    }
+
+    /// Why open devices would not survive the death of this agent now, if so; for MarsNode.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Names of the frontends that can be used, best first; for MarsNode.

@@ -21,13 +21,14 @@ pub(crate) mod thread;
 pub(crate) mod wake;
 
 pub use engine::{Engine, Step};
-pub use handle::{AttachError, DetachError, ReplicaHandle};
+pub use handle::{AttachError, AttachParams, DetachError, ReplicaHandle};
 
 use crate::frontend::Frontends;
 use pool::JobPool;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 use thread::ShardThread;
 
 /// How many threads serve how many replicas.
@@ -79,6 +80,7 @@ impl Runtime {
             .map(ShardThread::start)
             .collect::<io::Result<Vec<_>>>()?;
         let pool = JobPool::start(config.job_threads.max(2))?;
+        watch_frontends(Arc::downgrade(&frontends))?;
         let (next_shard, next_host) = (AtomicUsize::new(0), AtomicU64::new(0));
         Ok(Self {
             inner: Arc::new(Inner {
@@ -114,4 +116,21 @@ impl Runtime {
     pub fn frontends(&self) -> &Frontends {
         &self.inner.frontends
     }
+}
+
+/// How often the frontends look after what keeps devices alive.
+const MAINTENANCE: Duration = Duration::from_secs(2);
+
+fn watch_frontends(frontends: Weak<Frontends>) -> io::Result<()> {
+    let watch = move || {
+        while let Some(frontends) = frontends.upgrade() {
+            frontends.maintain();
+            drop(frontends);
+            std::thread::sleep(MAINTENANCE);
+        }
+    };
+    std::thread::Builder::new()
+        .name("mars-frontends".into())
+        .spawn(watch)
+        .map(drop)
 }
