@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::common::{
-    Backing, Compression, DataPolicy, Durability, DurationText, HistoryPosition, Lag, RateLimits, Retention, Switches,
+    Backing, Compression, DataPolicy, DesignationRef, Durability, DurationText, HistoryPosition, Lag, RateLimits,
+    Retention, Switches,
 };
 use crate::replica::{ActualRole, ReplicaData, WishRole};
 use crate::size::Size;
@@ -208,12 +209,26 @@ pub struct Designation {
     /// `spec.attachedTo` as it was when it last counted; empty: none.
     #[serde(default)]
     pub attached_seen: String,
+    /// `status.id` of the `MarsAction` that asked for it, if one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub action: Option<Uuid>,
     /// Whom it follows: in a handover the old primary, which must close first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predecessor: Option<Predecessor>,
     /// When it was recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<Time>,
+}
+
+impl Designation {
+    /// The fencing token of this record, as grants repeat it.
+    #[must_use]
+    pub fn token(&self) -> DesignationRef {
+        DesignationRef {
+            number: self.number,
+            uuid: self.uuid,
+        }
+    }
 }
 
 /// The holder of the role before a designation.

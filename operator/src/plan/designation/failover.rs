@@ -1,0 +1,159 @@
+//! Forced changes: by an acknowledged `MarsAction`, or automatic with evidence.
+//!
+//! Invariant: without a person's acknowledgement nobody is passed over who could still write: the node must be fenced
+//! by Kubernetes, silent towards us, and without contact to any other member.
+
+use mars_crds::common::DurationText;
+use mars_crds::resource::{DesignationSource, FailoverPolicy, Predecessor};
+use std::time::Duration;
+use uuid::Uuid;
+
+use super::{Proposal, may_succeed, record, wanted_failover};
+use crate::plan::{Context, Draft, actions, wish};
+use crate::world::Report;
+
+/// Carries out an acknowledged failover. Says whether one was decided.
+pub(super) fn acknowledged(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut() -> Uuid) -> bool {
+    let Some((action, id)) = wanted_failover(context) else {
+        return false;
+    };
+    let node = action.spec.node.as_deref().unwrap_or_default();
+    let successor = match may_be_forced(context, node) {
+        Ok(successor) => successor,
+        Err(message) => {
+            draft.waiting.insert(actions::name(action).to_owned(), message);
+            return false;
+        }
+    };
+    let proposal = Proposal {
+        node: node.to_owned(),
+        replica_uuid: Some(successor.replica_uuid),
+        source: DesignationSource::Failover,
+        reason: format!("the MarsAction {} was acknowledged", actions::name(action)),
+        seen: wish::seen_now(context),
+        action: Some(id),
+        predecessor: predecessor(context),
+    };
+    record(context, draft, new_id, proposal);
+    true
+}
+
+/// Only consistency and presence are demanded of a forced successor; switches and lag are not.
+fn may_be_forced<'a>(context: &'a Context<'_>, node: &str) -> Result<&'a Report, String> {
+    match may_succeed(context, node) {
+        Ok(report) => Ok(report),
+        Err(refusal) => {
+            let report = context
+                .world
+                .replica_on(node)
+                .and_then(|replica| context.report(replica.spec.replica_uuid));
+            let usable = |report: &&Report| {
+                report.heard && !report.leaving && report.data == Some(mars_crds::ReplicaData::Consistent)
+            };
+            report.filter(usable).ok_or(refusal.message)
+        }
+    }
+}
+
+fn predecessor(context: &Context<'_>) -> Option<Predecessor> {
+    let designation = context.designation()?;
+    let holder = context.holder().filter(|_| context.holder_has_taken_over());
+    match holder {
+        Some(holder) => Some(Predecessor {
+            node: holder.node.clone(),
+            replica_uuid: holder.replica_uuid,
+            released_end: None,
+        }),
+        None => designation.predecessor.clone(),
+    }
+}
+
+/// Carries out a failover by policy. Says whether one was decided.
+pub(super) fn automatic(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut() -> Uuid) -> bool {
+    let resource = &context.world.resource.spec;
+    if resource.failover.policy != FailoverPolicy::Automatic || !context.problems.is_empty() {
+        return false;
+    }
+    let Some(holder) = serving(context) else { return false };
+    let Some(evidence) = evidence(context, holder, resource.failover.after) else {
+        return false;
+    };
+    let Some(successor) = best(context, holder) else {
+        return false;
+    };
+    let proposal = Proposal {
+        node: successor.node.clone(),
+        replica_uuid: Some(successor.replica_uuid),
+        source: DesignationSource::Failover,
+        reason: format!("failover.policy is Automatic and {evidence}"),
+        seen: wish::seen_now(context),
+        action: None,
+        predecessor: predecessor(context),
+    };
+    record(context, draft, new_id, proposal);
+    true
+}
+
+/// Who may be writing at present: the designated replica, or the predecessor that has not released.
+fn serving<'a>(context: &'a Context<'_>) -> Option<&'a Report> {
+    let designation = context.designation()?;
+    let unreleased = designation
+        .predecessor
+        .as_ref()
+        .filter(|before| before.released_end.is_none());
+    match (context.holder_has_taken_over(), unreleased) {
+        (false, Some(before)) if designation.source == DesignationSource::Handover => {
+            context.report(before.replica_uuid)
+        }
+        _ => context.holder(),
+    }
+}
+
+fn evidence(context: &Context<'_>, holder: &Report, after: Option<DurationText>) -> Option<String> {
+    let settings = &context.world.settings;
+    let after = after.map_or(settings.failover_after_seconds, |after| {
+        i64::try_from(Duration::from(after).as_secs()).unwrap_or(i64::MAX)
+    });
+    let after = after.max(settings.liveness_seconds);
+    let view = context.world.nodes.get(&holder.node)?;
+    let fenced = view.fenced.as_ref()?;
+    if view.silent_seconds < after {
+        return None;
+    }
+    let now = context.world.now.as_second();
+    let in_contact = context.world.replicas.iter().any(|replica| {
+        let peers = replica.status.iter().flat_map(|status| &status.peers);
+        let heard = context.world.is_heard(&replica.spec.node);
+        peers
+            .filter(|peer| peer.replica_uuid == holder.replica_uuid)
+            .any(|peer| {
+                let recent = peer
+                    .last_contact
+                    .as_ref()
+                    .is_some_and(|last| now - last.0.as_second() < after);
+                heard && (peer.connected || recent)
+            })
+    });
+    (!in_contact).then(|| {
+        format!(
+            "{} is fenced ({fenced}) and silent for {} s",
+            holder.node, view.silent_seconds
+        )
+    })
+}
+
+/// The wished node if it can, else the one that has most.
+fn best<'a>(context: &'a Context<'_>, holder: &Report) -> Option<&'a Report> {
+    let wished = context.world.resource.spec.attached_to.as_deref().unwrap_or_default();
+    let candidates = context
+        .world
+        .resource
+        .spec
+        .replicas
+        .iter()
+        .filter(|member| member.node != holder.node);
+    candidates
+        .filter_map(|member| may_succeed(context, &member.node).ok())
+        .filter(|report| report.forks.is_empty())
+        .max_by_key(|report| (report.node == wished, report.durable_lsn))
+}

@@ -1,0 +1,203 @@
+//! Orders to the replicas, derived from the recorded designation and the spec of the resource.
+//!
+//! Invariant: orders are level-based: the same record yields the same orders, whoever plans. Orders that take the
+//! primary role away, or tell of a newer designation, come before the one order that grants it. A replica is never
+//! given a designation lower than the one it carries.
+
+use mars_crds::common::GrantCause;
+use mars_crds::replica::{CloseFor, MarsReplicaSpec, Peer};
+use mars_crds::resource::{Designation, DesignationSource};
+use mars_crds::{MarsReplica, WishRole};
+
+use super::{Context, Draft, Intent, Note, Reason};
+
+/// Writes what differs.
+pub(super) fn rollout(context: &Context<'_>, draft: &mut Draft) {
+    let mut grants = Vec::new();
+    for replica in &context.world.replicas {
+        if replica.metadata.deletion_timestamp.is_some() {
+            continue;
+        }
+        let behind = |designation: &Designation| {
+            replica
+                .spec
+                .designation
+                .is_some_and(|present| present.number > designation.number)
+        };
+        if context.designation().is_none_or(behind) && replica.spec.designation.is_some() {
+            continue;
+        }
+        let mut spec = pending(draft, replica);
+        spec.size_bytes = size(context, draft, replica);
+        spec.established |= context
+            .report(spec.replica_uuid)
+            .is_some_and(|report| report.has_history);
+        fill(context, &mut spec);
+        if spec == replica.spec {
+            continue;
+        }
+        let intent = Intent::PatchReplica(Box::new(spec));
+        let Intent::PatchReplica(order) = &intent else { continue };
+        if order.role == WishRole::Primary {
+            grants.push(intent);
+        } else {
+            draft.push(intent);
+        }
+    }
+    draft.intents.extend(grants);
+}
+
+/// An earlier stage may have orders for the same replica: they become one.
+fn pending(draft: &mut Draft, replica: &MarsReplica) -> MarsReplicaSpec {
+    let same = |intent: &Intent| matches!(intent, Intent::PatchReplica(spec) if spec.node == replica.spec.node);
+    match draft
+        .intents
+        .iter()
+        .position(same)
+        .map(|index| draft.intents.remove(index))
+    {
+        Some(Intent::PatchReplica(spec)) => *spec,
+        _ => replica.spec.clone(),
+    }
+}
+
+/// Sets everything that follows from the resource: role, designation, peers, switches, tuning.
+pub(super) fn fill(context: &Context<'_>, spec: &mut MarsReplicaSpec) {
+    let resource = &context.world.resource.spec;
+    grant(context, spec);
+    spec.peers = peers(context, spec);
+    spec.durability = resource.durability;
+    spec.compression = resource.compression;
+    spec.retention = resource.retention.clone();
+    spec.limits = resource.limits.clone();
+    if let Some(member) = resource.replicas.iter().find(|member| member.node == spec.node) {
+        spec.switches = member.switches;
+        spec.apply_delay = member.apply_delay;
+        spec.overwrite = member.overwrite;
+    }
+}
+
+fn grant(context: &Context<'_>, spec: &mut MarsReplicaSpec) {
+    spec.role = WishRole::Secondary;
+    spec.cause = None;
+    spec.close_for = None;
+    spec.handover_end = None;
+    let Some(designation) = context.designation() else {
+        return;
+    };
+    spec.designation = Some(designation.token());
+    let closes = matches!(
+        designation.source,
+        DesignationSource::Handover | DesignationSource::Demotion
+    );
+    let before = designation.predecessor.as_ref().filter(|_| closes);
+    let released = before.is_none_or(|before| before.released_end.is_some());
+    if designation.replica_uuid == Some(spec.replica_uuid) && released {
+        spec.role = WishRole::Primary;
+        let (cause, end) = match designation.source {
+            DesignationSource::Create => (GrantCause::Create, None),
+            DesignationSource::Failover | DesignationSource::Reopen | DesignationSource::Readopt => {
+                (GrantCause::Failover, None)
+            }
+            DesignationSource::Handover | DesignationSource::Abort | DesignationSource::Demotion => (
+                GrantCause::Handover,
+                before.and_then(|before| before.released_end.clone()),
+            ),
+        };
+        spec.cause = Some(cause);
+        spec.handover_end = end;
+    } else if !released && before.is_some_and(|before| before.replica_uuid == spec.replica_uuid) {
+        spec.close_for = Some(CloseFor {
+            replica_uuid: designation.replica_uuid,
+        });
+    }
+}
+
+/// All members that are not leaving. An address that cannot be looked up at present stays as it was.
+fn peers(context: &Context<'_>, spec: &MarsReplicaSpec) -> Vec<Peer> {
+    let peer = |replica: &MarsReplica| {
+        let other = &replica.spec;
+        let before = spec.peers.iter().find(|peer| peer.replica_uuid == other.replica_uuid);
+        let object = context
+            .world
+            .nodes
+            .get(&other.node)
+            .and_then(|view| view.object.as_ref());
+        let status = object.and_then(|object| object.status.as_ref());
+        let address = status
+            .map(|status| status.address.clone())
+            .filter(|address| !address.is_empty());
+        Peer {
+            node: other.node.clone(),
+            node_uuid: status
+                .and_then(|status| status.node_uuid)
+                .or_else(|| before.and_then(|peer| peer.node_uuid)),
+            replica_uuid: other.replica_uuid,
+            address: address
+                .or_else(|| before.map(|peer| peer.address.clone()))
+                .unwrap_or_default(),
+        }
+    };
+    let mut peers: Vec<Peer> = context
+        .world
+        .replicas
+        .iter()
+        .filter(|replica| replica.spec.replica_uuid != spec.replica_uuid)
+        .filter(|replica| replica.metadata.deletion_timestamp.is_none())
+        .map(peer)
+        .collect();
+    peers.sort_by(|left, right| left.node.cmp(&right.node));
+    peers
+}
+
+/// Disks grow first, everywhere; the device of the primary last, once every other member has room.
+fn size(context: &Context<'_>, draft: &mut Draft, replica: &MarsReplica) -> i64 {
+    let present = replica.spec.size_bytes;
+    let Ok(wanted) = context.world.resource.spec.size.bytes() else {
+        return present;
+    };
+    if wanted <= present || !context.problems.is_empty() {
+        return present;
+    }
+    let uuid = Some(replica.spec.replica_uuid);
+    let disk = |other: &MarsReplica| other.status.as_ref().and_then(|status| status.disk_bytes);
+    let is_designated = context
+        .designation()
+        .is_some_and(|designation| designation.replica_uuid == uuid);
+    let too_small = |other: &&MarsReplica| disk(other).is_none_or(|bytes| bytes < wanted);
+    if replica.spec.backing.device.is_some() && too_small(&replica) {
+        let node = &replica.spec.node;
+        let present = disk(replica).map_or_else(|| "unknown".to_owned(), |bytes| format!("{bytes} bytes"));
+        draft.degrade(
+            Reason::DiskTooSmall,
+            format!(
+                "the disk of {node} ({present}) is too small for {wanted} bytes: enlarge it; the size stays until then"
+            ),
+        );
+        return replica.spec.size_bytes;
+    }
+    let others = || {
+        context
+            .world
+            .replicas
+            .iter()
+            .filter(|other| other.metadata.deletion_timestamp.is_none())
+    };
+    let waits_for: Vec<&str> = others()
+        .filter(|other| Some(other.spec.replica_uuid) != uuid)
+        .filter(too_small)
+        .map(|other| other.spec.node.as_str())
+        .collect();
+    if is_designated && !waits_for.is_empty() {
+        let note = Note {
+            reason: Reason::Resizing,
+            message: format!(
+                "waits until the disks of {} have grown to {wanted} bytes",
+                waits_for.join(", ")
+            ),
+        };
+        draft.degraded.push(note);
+        return present;
+    }
+    wanted
+}
