@@ -3,11 +3,19 @@
 //! Invariant: a job holds all it needs; it reads nothing of its owner and changes nothing but the files it names. A job is run at
 //! most once; one that is lost with its process is made up for by recovery.
 
+use crate::api::{LogView, SegmentView};
+use crate::chain;
+use crate::format::record::Record;
+use crate::log::reader::{LogReader, Next, ReadError};
+use crate::log::{Rewritten, TailRewrite};
 use crate::overlay::{Content, Piece};
-use crate::store::{FileId, Store, StoreFile};
-use crate::types::ByteRange;
-use crate::writeback::Extent;
+use crate::slot::SlotWrite;
+use crate::store::{FileId, SegmentName, Store, StoreFile};
+use crate::summary::{Summary, Touched};
+use crate::types::{ByteRange, Position};
+use crate::writeback::{Extent, MAX_EXTENT_BYTES};
 use bytes::{Bytes, BytesMut};
+use std::fmt;
 use std::io;
 
 /// Work for the pool.
@@ -46,6 +54,62 @@ pub enum Job<F> {
     },
     /// Ask for the length of the data disk.
     Size(F),
+    /// Write a slot and sync it.
+    SaveSlot(SlotWrite<F>),
+    /// Put the tail of a poisoned log into new segments.
+    Rewrite(TailRewrite),
+    /// Read durable records of the local log.
+    ReadLog {
+        /// A reader that stands at `from`, left over from the job before.
+        reader: Option<Box<dyn LogSource>>,
+        /// The log.
+        view: LogView,
+        /// Where to begin.
+        from: Position,
+        /// Stop after about so many bytes of records.
+        max_bytes: u64,
+    },
+    /// Write the summaries of the oldest segments, then remove these segments, and remove old summaries.
+    Retire {
+        /// The log as it was with these segments.
+        view: LogView,
+        /// How many of the oldest go.
+        segments: usize,
+        /// Summaries that nobody needs any more.
+        summaries: Vec<SegmentName>,
+    },
+}
+
+/// A reader of the local log, whatever store it reads from.
+pub trait LogSource: Send {
+    /// See [`LogReader::next`].
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    fn next(&mut self, view: &LogView, max_bytes: u64) -> Result<Next, ReadError>;
+}
+
+impl<S: Store> LogSource for LogReader<S> {
+    fn next(&mut self, view: &LogView, max_bytes: u64) -> Result<Next, ReadError> {
+        LogReader::next(self, view, max_bytes)
+    }
+}
+
+impl fmt::Debug for dyn LogSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LogSource")
+    }
+}
+
+/// A run of the local log.
+#[derive(Debug)]
+pub struct LogRun {
+    /// Records with the positions at which they end.
+    pub records: Vec<(Record, Position)>,
+    /// Stands behind the last of them.
+    pub reader: Box<dyn LogSource>,
+    /// Where that is, in the epoch that the reader has told of.
+    pub at: Position,
 }
 
 /// What came of it.
@@ -59,6 +123,10 @@ pub enum JobOutcome<F> {
     Data(io::Result<Bytes>),
     /// A length (bytes).
     Size(io::Result<u64>),
+    /// New segments for the tail.
+    Rewritten(io::Result<Rewritten<F>>),
+    /// Records.
+    Log(Result<LogRun, ReadError>),
 }
 
 /// Does a job, on any thread; blocks for as long as the disk takes.
@@ -79,6 +147,19 @@ pub fn run_job<S: Store>(store: &S, job: Job<S::File>) -> JobOutcome<S::File> {
         } => JobOutcome::Data(read(&file, range, &hits, &gaps)),
         Job::Write { file, extents, flush } => JobOutcome::Done(write(&file, &extents, flush)),
         Job::Size(file) => JobOutcome::Size(file.size()),
+        Job::SaveSlot(write) => JobOutcome::Done(write.run()),
+        Job::Rewrite(rewrite) => JobOutcome::Rewritten(rewrite.run(store)),
+        Job::ReadLog {
+            reader,
+            view,
+            from,
+            max_bytes,
+        } => JobOutcome::Log(read_log(store, reader, &view, from, max_bytes)),
+        Job::Retire {
+            view,
+            segments,
+            summaries,
+        } => JobOutcome::Done(retire(store, &view, segments, &summaries)),
     }
 }
 
@@ -123,4 +204,79 @@ fn write<F: StoreFile>(file: &F, extents: &[Extent], flush: bool) -> io::Result<
 /// A length that was checked against the size of a request or buffer before.
 fn in_memory(len: u64) -> usize {
     usize::try_from(len).expect("requests and buffers fit in memory")
+}
+
+fn read_log<S: Store>(
+    store: &S,
+    reader: Option<Box<dyn LogSource>>,
+    view: &LogView,
+    from: Position,
+    max_bytes: u64,
+) -> Result<LogRun, ReadError> {
+    let mut reader = match reader {
+        Some(reader) => reader,
+        None => Box::new(LogReader::open(store.clone(), view, from)?),
+    };
+    let mut at = from;
+    let mut records = Vec::new();
+    while at.lsn.bytes_since(from.lsn) < max_bytes {
+        match reader.next(view, max_bytes)? {
+            Next::End => break,
+            Next::Epoch(entry) => at.epoch = entry.id,
+            Next::Records(chunk) => {
+                for record in chunk.into_records() {
+                    at.chain = chain::advance(at.chain, at.epoch, &record.header, &record.payload);
+                    at.lsn = at.lsn.advance(record.lsn_bytes());
+                    records.push((record, at));
+                }
+            }
+        }
+    }
+    Ok(LogRun { records, reader, at })
+}
+
+/// Summaries first, then the segments go, oldest first, so that a crash in between leaves a log without gaps.
+fn retire<S: Store>(store: &S, view: &LogView, segments: usize, summaries: &[SegmentName]) -> io::Result<()> {
+    for index in 0..segments {
+        let (segment, next) = (&view.segments[index], &view.segments[index + 1]);
+        if let Err(error) = summarize(store, view, segment, next) {
+            // Without a summary a later resolve compares everything; keeping the segment could fill the store for good.
+            tracing::warn!(segment = %segment.name, %error, "no summary of a log segment that goes");
+        }
+    }
+    let gone = view.segments[..segments]
+        .iter()
+        .map(|segment| FileId::Segment(segment.name));
+    let gone = gone.chain(summaries.iter().map(|name| FileId::Summary(*name)));
+    gone.into_iter().try_for_each(|id| store.remove(&id))?;
+    store.sync_dir()
+}
+
+fn summarize<S: Store>(store: &S, view: &LogView, segment: &SegmentView, next: &SegmentView) -> io::Result<()> {
+    let part = LogView {
+        segments: vec![segment.clone(), next.clone()],
+        durable: Position {
+            epoch: segment.start.epoch,
+            ..next.start
+        },
+        lineage: view.lineage.clone(),
+    };
+    let mut touched = Touched::default();
+    let mut at = segment.start;
+    let mut reader = LogReader::open(store.clone(), &part, at).map_err(io::Error::other)?;
+    while at.lsn < next.start.lsn {
+        match reader.next(&part, MAX_EXTENT_BYTES).map_err(io::Error::other)? {
+            Next::Records(chunk) => {
+                chunk.records().iter().for_each(|record| touched.record(&record.header));
+                at = chunk.end();
+            }
+            Next::Epoch(_) | Next::End => break,
+        }
+    }
+    Summary {
+        start: segment.start,
+        end: at,
+        extents: touched.extents(),
+    }
+    .save(store, segment.name)
 }

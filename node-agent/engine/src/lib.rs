@@ -13,11 +13,17 @@ pub mod lineage;
 pub mod log;
 pub mod overlay;
 pub mod owner;
+pub mod recovery;
 pub mod replication;
+pub mod retention;
+pub mod roles;
 pub mod slot;
 pub mod state;
 pub mod store;
 pub mod store_fs;
 pub mod store_sim;
+pub mod summary;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod types;
 pub mod writeback;

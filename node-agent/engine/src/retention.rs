@@ -27,7 +27,13 @@ pub struct Plan {
 
 /// Decides over the closed segments, oldest first. `total_bytes` counts all log files; `budget_bytes` 0 means no limit.
 #[must_use]
-pub fn plan(closed: &[Closed], applied_in_both: Lsn, members: &[SavedMember], total_bytes: u64, budget_bytes: u64) -> Plan {
+pub fn plan(
+    closed: &[Closed],
+    applied_in_both: Lsn,
+    members: &[SavedMember],
+    total_bytes: u64,
+    budget_bytes: u64,
+) -> Plan {
     let mut plan = Plan::default();
     let mut left_bytes = total_bytes;
     for segment in closed {
@@ -57,12 +63,24 @@ mod tests {
     use uuid::Uuid;
 
     fn member(id: u128, durable: Option<u64>) -> SavedMember {
-        let durable = durable.map(|lsn| Position { lsn: Lsn(lsn), ..Position::default() });
-        SavedMember { replica: ReplicaId(Uuid::from_u128(id)), durable, orphaned: false }
+        let durable = durable.map(|lsn| Position {
+            lsn: Lsn(lsn),
+            ..Position::default()
+        });
+        SavedMember {
+            replica: ReplicaId(Uuid::from_u128(id)),
+            durable,
+            orphaned: false,
+        }
     }
 
     fn closed() -> Vec<Closed> {
-        [100, 200, 300].map(|end| Closed { end: Lsn(end), bytes: 10 }).to_vec()
+        [100, 200, 300]
+            .map(|end| Closed {
+                end: Lsn(end),
+                bytes: 10,
+            })
+            .to_vec()
     }
 
     #[test]
@@ -79,7 +97,13 @@ mod tests {
     fn a35_over_budget_the_lagging_member_is_orphaned_and_nobody_else() {
         let members = [member(1, Some(300)), member(2, Some(50)), member(3, Some(150))];
         let plan = plan(&closed(), Lsn(300), &members, 40, 35);
-        assert_eq!(plan, Plan { segments: 1, orphans: vec![members[1].replica] });
+        assert_eq!(
+            plan,
+            Plan {
+                segments: 1,
+                orphans: vec![members[1].replica]
+            }
+        );
     }
 
     #[test]

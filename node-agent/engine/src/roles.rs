@@ -64,7 +64,10 @@ pub fn check_designation(known: Designation, asked: Designation) -> Result<(), R
     if asked.number > known.number || asked == known {
         Ok(())
     } else {
-        Err(Refusal::StaleDesignation { asked: asked.number, known: known.number })
+        Err(Refusal::StaleDesignation {
+            asked: asked.number,
+            known: known.number,
+        })
     }
 }
 
@@ -75,7 +78,10 @@ pub fn check_designation(known: Designation, asked: Designation) -> Result<(), R
 pub fn may_promote(standing: &Standing<'_>, designation: Designation, cause: Cause) -> Result<(), Refusal> {
     check_designation(standing.known, designation)?;
     if standing.role != Role::Secondary {
-        return Err(Refusal::WrongRole { role: standing.role, hint: "only a secondary is promoted" });
+        return Err(Refusal::WrongRole {
+            role: standing.role,
+            hint: "only a secondary is promoted",
+        });
     }
     match cause {
         Cause::Create if !standing.is_blank || standing.sync_begun => {
@@ -86,15 +92,20 @@ pub fn may_promote(standing: &Standing<'_>, designation: Designation, cause: Cau
         Cause::Create => return Ok(()),
         Cause::Handover | Cause::Failover => {}
         Cause::Recovery | Cause::EmergencyExit => {
-            return Err(Refusal::Invalid(format!("cause {cause:?} is found by the replica itself, never ordered")));
+            return Err(Refusal::Invalid(format!(
+                "cause {cause:?} is found by the replica itself, never ordered"
+            )));
         }
     }
     if *standing.data != DataState::Consistent {
-        return Err(Refusal::Inconsistent { data: standing.data.clone() });
+        return Err(Refusal::Inconsistent {
+            data: standing.data.clone(),
+        });
     }
     if standing.log_defect && cause != Cause::Failover {
         return Err(Refusal::Invalid(
-            "the log is damaged below what was durable: let it be fetched again, or use an acknowledged failover".into(),
+            "the log is damaged below what was durable: let it be fetched again, or use an acknowledged failover"
+                .into(),
         ));
     }
     match standing.trailing_close.and_then(|close| close.to) {
@@ -109,7 +120,10 @@ mod tests {
     use uuid::Uuid;
 
     fn designation(number: u64) -> Designation {
-        Designation { number, id: Uuid::from_u128(u128::from(number)) }
+        Designation {
+            number,
+            id: Uuid::from_u128(u128::from(number)),
+        }
     }
 
     fn standing(data: &DataState) -> Standing<'_> {
@@ -128,10 +142,19 @@ mod tests {
     #[test]
     fn a_lower_designation_and_a_twin_are_refused() {
         let data = DataState::Consistent;
-        let twin = Designation { number: 5, id: Uuid::from_u128(99) };
+        let twin = Designation {
+            number: 5,
+            id: Uuid::from_u128(99),
+        };
         for asked in [designation(4), twin] {
             let refusal = may_promote(&standing(&data), asked, Cause::Failover).unwrap_err();
-            assert_eq!(refusal, Refusal::StaleDesignation { asked: asked.number, known: 5 });
+            assert_eq!(
+                refusal,
+                Refusal::StaleDesignation {
+                    asked: asked.number,
+                    known: 5
+                }
+            );
         }
         for asked in [designation(5), designation(6)] {
             may_promote(&standing(&data), asked, Cause::Handover).unwrap();
@@ -145,18 +168,37 @@ mod tests {
                 assert!(may_promote(&standing(&data), designation(6), cause).is_err());
             }
         }
-        let blank = Standing { is_blank: true, ..standing(&DataState::Syncing) };
+        let blank = Standing {
+            is_blank: true,
+            ..standing(&DataState::Syncing)
+        };
         may_promote(&blank, designation(6), Cause::Create).unwrap();
-        assert!(may_promote(&Standing { sync_begun: true, ..blank }, designation(6), Cause::Create).is_err());
+        assert!(
+            may_promote(
+                &Standing {
+                    sync_begun: true,
+                    ..blank
+                },
+                designation(6),
+                Cause::Create
+            )
+            .is_err()
+        );
     }
 
     #[test]
     fn a50_after_a_close_to_somebody_else_only_a_failover_reopens() {
         let data = DataState::Consistent;
         let close = |to: Option<u128>| {
-            let close = Close { to: to.map(|id| ReplicaId(Uuid::from_u128(id))), designation: designation(5) };
+            let close = Close {
+                to: to.map(|id| ReplicaId(Uuid::from_u128(id))),
+                designation: designation(5),
+            };
             assert_eq!(Close::decode(&close.encode()), Some(close));
-            Standing { trailing_close: Some(close), ..standing(&data) }
+            Standing {
+                trailing_close: Some(close),
+                ..standing(&data)
+            }
         };
         assert!(may_promote(&close(Some(2)), designation(6), Cause::Handover).is_err());
         may_promote(&close(Some(2)), designation(6), Cause::Failover).unwrap();

@@ -3,7 +3,7 @@
 //! Invariants: `applied ≤ dirty_end ≤ durable` at the time of saving; a position is saved only when it is true on stable
 //! storage already. Fields that this version does not know are refused, never dropped: the slot header carries the version.
 
-use crate::api::{DataState, Switches, SyncProgress, Tuning};
+use crate::api::{DataState, Released, Switches, SyncProgress, Tuning};
 use crate::lineage::Lineage;
 use crate::types::{ByteRange, ClusterId, Designation, EpochId, Lamport, Lsn, Position, ReplicaId, ResourceId};
 use serde::{Deserialize, Serialize};
@@ -130,14 +130,11 @@ pub struct SavedState {
     pub members: Vec<SavedMember>,
     /// A sync under way.
     pub sync: Option<SavedSync>,
+    /// Its last word as a primary, while its `Close` is the end of the log.
+    pub released: Option<Released>,
     /// Emergency mode with its dirty map.
     pub emergency: Option<SavedEmergency>,
 }
-
-/// The content of a slot cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("saved state: {0}: it was written by a newer version or is damaged; start the version that wrote it")]
-pub struct StateError(#[from] serde_json::Error);
 
 impl SavedState {
     /// A replica that joins now: it has no history and its data means nothing until it is created or synced.
@@ -172,25 +169,9 @@ impl SavedState {
             tuning,
             members: Vec::new(),
             sync: None,
+            released: None,
             emergency: None,
         }
-    }
-
-    /// The bytes of a slot's payload.
-    ///
-    /// # Panics
-    /// Never: all keys are strings and all numbers finite.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("saved state has string keys and finite numbers only")
-    }
-
-    /// Reads the payload of a slot.
-    ///
-    /// # Errors
-    /// When a field is missing, unknown or out of range.
-    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
-        Ok(serde_json::from_slice(bytes)?)
     }
 }
 
@@ -213,20 +194,21 @@ mod tests {
     #[test]
     fn saved_state_round_trips() {
         let state = state();
-        assert_eq!(SavedState::decode(&state.encode()).unwrap(), state);
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<SavedState>(&text).unwrap(), state);
     }
 
     #[test]
     fn unknown_and_missing_fields_are_refused() {
-        let text = String::from_utf8(state().encode()).unwrap();
+        let text = serde_json::to_string(&state()).unwrap();
         let unknown = text.replacen('{', "{\"fancy\":1,", 1);
         assert!(
-            SavedState::decode(unknown.as_bytes())
+            serde_json::from_str::<SavedState>(&unknown)
                 .unwrap_err()
                 .to_string()
                 .contains("fancy")
         );
-        let missing = text.replacen("\"emergency\":null", "\"sync\":null", 1);
-        assert!(SavedState::decode(missing.as_bytes()).is_err());
+        let missing = text.replacen("\"applied_time\"", "\"clock\"", 1);
+        assert!(serde_json::from_str::<SavedState>(&missing).is_err());
     }
 }

@@ -4,7 +4,7 @@
 //! [`COMMIT_DELAY`] or [`COMMIT_BYTES`] after an append, also when nobody flushes.
 
 use super::{Owner, Purpose, TailRecord};
-use crate::api::Role;
+use crate::api::{Fault, Role};
 use crate::format::record::{Record, RecordKind};
 use crate::jobs::Job;
 use crate::log::{AppendError, SyncResult};
@@ -45,28 +45,50 @@ impl Commit {
     /// All that is appended is durable, by other means than a sync.
     pub(super) fn settled_at(&mut self, end: Lsn) {
         assert!(!self.in_flight, "a log sync is under way");
-        *self = Commit { issued: end, ..Commit::default() };
+        *self = Commit {
+            issued: end,
+            ..Commit::default()
+        };
     }
 }
 
 impl<S: Store> Owner<S> {
     /// Books a record of our own that has just been appended.
-    pub(super) fn appended(&mut self, kind: RecordKind, range: ByteRange, payload: Bytes, lamport: Lamport, end: Position) {
+    pub(super) fn appended(
+        &mut self,
+        kind: RecordKind,
+        range: ByteRange,
+        payload: Bytes,
+        lamport: Lamport,
+        end: Position,
+    ) {
         match kind {
             RecordKind::Write => self.overlay.append(range, Content::Bytes(payload)),
             RecordKind::Discard | RecordKind::WriteZeroes => self.overlay.append(range, Content::Zeros),
             RecordKind::Resize => self.replay.note_resize(end.lsn, range.offset),
             RecordKind::Marker | RecordKind::Close | RecordKind::EmergencyEnter | RecordKind::Resolve => {}
         }
-        self.tail.push_back(TailRecord { record: None, lamport, end });
+        self.tail.push_back(TailRecord {
+            record: None,
+            lamport,
+            end,
+        });
         self.sync_by(COMMIT_DELAY);
     }
 
     /// Books a record from a member that has just been appended.
     pub(super) fn accepted(&mut self, record: Record, end: Position) {
-        self.trailing_close = if record.header.kind == RecordKind::Close { Close::decode(&record.payload) } else { None };
+        self.trailing_close = if record.header.kind == RecordKind::Close {
+            Close::decode(&record.payload)
+        } else {
+            None
+        };
         let lamport = record.header.lamport;
-        self.tail.push_back(TailRecord { record: Some(record), lamport, end });
+        self.tail.push_back(TailRecord {
+            record: Some(record),
+            lamport,
+            end,
+        });
         self.sync_by(COMMIT_DELAY_SECONDARY);
     }
 
@@ -144,6 +166,10 @@ impl<S: Store> Owner<S> {
         }
         if !self.saved.log.started {
             self.save(|saved| saved.log.started = true);
+        }
+        if self.defect_until.is_some_and(|until| until <= durable.lsn) {
+            self.defect_until = None;
+            self.faults.clear(|fault| matches!(fault, Fault::LogDefect { .. }));
         }
         self.complete_durable();
         self.changed = true;

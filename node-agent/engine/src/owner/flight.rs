@@ -54,7 +54,11 @@ pub(super) struct Flight {
 
 impl Flight {
     pub(super) fn deadline(&self, now: Duration) -> Option<Duration> {
-        let due = if matches!(self.stage, Stage::Idle) { self.due } else { None };
+        let due = if matches!(self.stage, Stage::Idle) {
+            self.due
+        } else {
+            None
+        };
         [due, self.retry.deadline(now)].into_iter().flatten().min()
     }
 
@@ -76,7 +80,11 @@ impl<S: Store> Owner<S> {
     }
 
     pub(super) fn step_flight(&mut self) {
-        if self.flight.landed.is_some_and(|generation| self.saver.is_durable(generation)) {
+        if self
+            .flight
+            .landed
+            .is_some_and(|generation| self.saver.is_durable(generation))
+        {
             self.flight.landed = None;
             self.overlay.release();
             self.consistency_may_have_come();
@@ -107,7 +115,10 @@ impl<S: Store> Owner<S> {
             return;
         }
         self.flight.due = None;
-        let target = Target { end, time: self.replay.time() };
+        let target = Target {
+            end,
+            time: self.replay.time(),
+        };
         if self.overlay.launch().is_empty() {
             return self.land(target);
         }
@@ -121,14 +132,26 @@ impl<S: Store> Owner<S> {
 
     fn write_flight(&mut self, target: Target) {
         assert!(self.log.durable().lsn >= target.end.lsn, "only durable records fly");
-        assert!(self.saved.dirty_end.lsn >= target.end.lsn, "the dirty end covers the flight");
+        assert!(
+            self.saved.dirty_end.lsn >= target.end.lsn,
+            "the dirty end covers the flight"
+        );
         let extents = writeback::plan(self.overlay.flight().pieces());
         self.flight.stage = Stage::Writing(target);
-        self.job(Purpose::Flight, Job::Write { file: self.data.clone(), extents, flush: true });
+        self.job(
+            Purpose::Flight,
+            Job::Write {
+                file: self.data.clone(),
+                extents,
+                flush: true,
+            },
+        );
     }
 
     pub(super) fn flight_done(&mut self, result: io::Result<()>) {
-        let Stage::Writing(target) = self.flight.stage else { unreachable!("a flight was under way") };
+        let Stage::Writing(target) = self.flight.stage else {
+            unreachable!("a flight was under way")
+        };
         match result {
             Ok(()) => {
                 self.flight.retry.succeeded();
@@ -169,13 +192,15 @@ impl<S: Store> Owner<S> {
     }
 
     /// An inconsistent replica becomes consistent once the data disk has passed all that was ever written to it.
-    fn consistency_may_have_come(&mut self) {
+    pub(super) fn consistency_may_have_come(&mut self) {
         let applied = self.saved.applied.lsn;
         let reached = match self.saved.data {
             DataState::Consistent => false,
-            DataState::Syncing => {
-                self.saved.sync.and_then(|sync| sync.consistent_at).is_some_and(|wanted| applied >= wanted)
-            }
+            DataState::Syncing => self
+                .saved
+                .sync
+                .and_then(|sync| sync.consistent_at)
+                .is_some_and(|wanted| applied >= wanted),
             DataState::LogLost => self.replay.dirty_end_proven && applied >= self.saved.dirty_end.lsn,
         };
         if reached && self.role == Role::Secondary {

@@ -21,8 +21,15 @@ const MAX_UNSYNCED_BYTES: u64 = 16 << 20;
 
 #[derive(Debug)]
 enum Item {
-    Chunk { id: CommandId, records: VecDeque<Record>, end: Position },
-    Epoch { id: CommandId, entry: EpochEntry },
+    Chunk {
+        id: CommandId,
+        records: VecDeque<Record>,
+        end: Position,
+    },
+    Epoch {
+        id: CommandId,
+        entry: EpochEntry,
+    },
 }
 
 /// What came and is not appended yet.
@@ -32,14 +39,13 @@ pub(super) struct Inbound {
 }
 
 impl Inbound {
-    pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
     fn end(&self) -> Option<Position> {
         self.waiting.back().map(|item| match item {
             Item::Chunk { end, .. } => *end,
-            Item::Epoch { entry, .. } => Position { epoch: entry.id, ..entry.parent },
+            Item::Epoch { entry, .. } => Position {
+                epoch: entry.id,
+                ..entry.parent
+            },
         })
     }
 }
@@ -50,7 +56,11 @@ impl<S: Store> Owner<S> {
             return self.refuse(id, refusal);
         }
         let end = chunk.end();
-        self.inbound.waiting.push_back(Item::Chunk { id, records: chunk.into_records().into(), end });
+        self.inbound.waiting.push_back(Item::Chunk {
+            id,
+            records: chunk.into_records().into(),
+            end,
+        });
         self.moved = true;
     }
 
@@ -64,17 +74,25 @@ impl<S: Store> Owner<S> {
 
     fn may_accept(&self, offered: Position) -> Result<(), Refusal> {
         if self.role != Role::Secondary {
-            return Err(Refusal::WrongRole { role: self.role, hint: "only a secondary takes log from others" });
+            return Err(Refusal::WrongRole {
+                role: self.role,
+                hint: "only a secondary takes log from others",
+            });
         }
         if self.operation.is_some() {
-            return Err(Refusal::WrongRole { role: self.role, hint: "an operation is under way: try again after it" });
+            return Err(Refusal::WrongRole {
+                role: self.role,
+                hint: "an operation is under way: try again after it",
+            });
         }
         let ours = self.inbound.end().unwrap_or_else(|| self.log.appended());
         if offered != ours {
             return Err(Refusal::NotContinuing { offered, ours });
         }
         if self.inbound.waiting.len() >= MAX_WAITING {
-            return Err(Refusal::Invalid("too many chunks wait for the log: send the next one after a reply".into()));
+            return Err(Refusal::Invalid(
+                "too many chunks wait for the log: send the next one after a reply".into(),
+            ));
         }
         Ok(())
     }
@@ -89,7 +107,9 @@ impl<S: Store> Owner<S> {
 
     pub(super) fn step_inbound(&mut self) {
         while self.repair.is_none() && self.log.unsynced_bytes() < MAX_UNSYNCED_BYTES {
-            let Some(item) = self.inbound.waiting.pop_front() else { return };
+            let Some(item) = self.inbound.waiting.pop_front() else {
+                return;
+            };
             let result = match item {
                 Item::Epoch { id, entry } => self.take_epoch(id, entry),
                 Item::Chunk { id, records, end } => self.take_records(id, records, end),
@@ -115,9 +135,9 @@ impl<S: Store> Owner<S> {
         if let Err(error) = self.begin_epoch(entry.clone()) {
             return Err((Item::Epoch { id, entry }, error));
         }
-        let _ = self.clock.observe(entry.lamport, self.now.wall_ns);
+        let _ = self.clock.see(entry.lamport, self.now.wall_ns);
         self.save(|saved| saved.lineage.0.push(entry));
-        self.released = None;
+        self.saved.released = None;
         self.trailing_close = None;
         self.done(id);
         Ok(())
@@ -144,7 +164,7 @@ impl<S: Store> Owner<S> {
         while let Some(record) = records.pop_front() {
             match self.log.append_record(record.clone()) {
                 Ok(appended) => {
-                    let _ = self.clock.observe(record.header.lamport, self.now.wall_ns);
+                    let _ = self.clock.see(record.header.lamport, self.now.wall_ns);
                     self.accepted(record, appended.end);
                 }
                 Err(error) => {

@@ -1,110 +1,201 @@
 //! The one owner of a replica's state: requests, commands and events go in, actions come out.
 //!
-//! Invariant: nobody else changes the log, the slots or the data disk of this replica while the owner lives.
+//! One file per concern: `submit` (requests of the device), `commit` (group commit), `repair` (a poisoned log segment), `flight`
+//! (write-back), `replay` (local log → overlay), `inbound` (log from members), `operation` (role changes and other orders that
+//! take several steps), `sync` (target of a copy), `segments` (preparing and retiring log files), `saver` (slots), `publish`
+//! (status). Each has a `step` that does whatever is possible now and never waits; `pump` runs them until none moves.
+//!
+//! Invariant: nobody else changes the log, the slots or the data disk of this replica while the owner lives; and
+//! `appended ≥ durable ≥ replayed ≥ applied`, `dirty_end ≥ applied` hold after each call (checked, also in release).
 
-use crate::api::{Action, Command, CommandId, Event, Io, Now, ReplicaStatus, Submitted, Tuning};
-use crate::store::Store;
-use crate::types::{ClusterId, ReplicaId, ResourceId};
-use std::io;
+mod commit;
+mod faults;
+mod flight;
+mod inbound;
+mod open;
+mod operation;
+mod publish;
+mod repair;
+mod replay;
+mod retry;
+mod saver;
+mod segments;
+mod slots;
+mod submit;
+mod sync;
+
+pub use open::{OpenError, OpenParams};
+
+use crate::api::{
+    Action, Answer, Command, CommandId, DataState, Event, JobId, LogView, Now, Refusal, ReplicaStatus, Reply,
+    Resumable, Role,
+};
+use crate::clock::LamportClock;
+use crate::format::record::Record;
+use crate::format::segment::LogIdentity;
+use crate::jobs::{Job, JobOutcome};
+use crate::lineage::Cause;
+use crate::log::LogWriter;
+use crate::overlay::Overlay;
+use crate::roles::Close;
+use crate::slot::Slots;
+use crate::state::SavedState;
+use crate::store::{SegmentName, Store};
+use crate::types::{Lamport, Lsn, Position, ReplicaId};
+use rand::rngs::StdRng;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use uuid::Uuid;
 
-/// What `open` must know about the replica.
-#[derive(Debug, Clone)]
-pub struct OpenParams {
-    /// The cluster; must match what is saved.
-    pub cluster: ClusterId,
-    /// The resource; must match what is saved.
-    pub resource: ResourceId,
-    /// The incarnation; must match what is saved.
-    pub replica: ReplicaId,
-    /// Identity of this boot of the node (`/proc/sys/kernel/random/boot_id`).
-    pub boot_id: Uuid,
-    /// `Some(size in bytes)` only for a replica that joins now and has never held data: its slots are created. `None` for a
-    /// known replica: if its slots or log are gone that is [`OpenError::DataMissing`], never a reason to create them.
-    pub create: Option<u64>,
-    /// Durability, compression, budgets.
-    pub tuning: Tuning,
-    /// Seed of the owner's random numbers (epoch ids, jitter), from the operating system's randomness.
-    pub seed: [u8; 32],
+/// Most unanswered block requests of one device; one more is answered with `EBUSY`.
+pub const MAX_IN_FLIGHT: usize = 4096;
+
+/// A record that is in the log but not known to be durable.
+#[derive(Debug)]
+struct TailRecord {
+    /// Of records from members: to be replayed from memory. Our own are in the overlay already.
+    record: Option<Record>,
+    lamport: Lamport,
+    /// Where it ends.
+    end: Position,
 }
 
-/// Why a replica was not opened. Nothing was changed on any disk.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// A known replica without its slots or segments.
-    #[error(
-        "{what} is missing although this replica has held data: check that the right file system is mounted; nothing was created"
-    )]
-    DataMissing {
-        /// Which file.
-        what: String,
-    },
-    /// Slots, segments or the data disk belong to somebody else, or are damaged in a way that must be looked at.
-    #[error("{what}: refused, nothing was changed")]
-    Refused {
-        /// What and why.
-        what: String,
-    },
-    /// The machine failed.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: String,
-        /// What the system said.
-        source: io::Error,
-    },
+/// What a job was for.
+#[derive(Debug)]
+enum Purpose {
+    LogSync,
+    Prepare(SegmentName),
+    Rewrite,
+    Read { tag: u64 },
+    Flight,
+    Slot,
+    Replay { incarnation: u64 },
+    DiskSize,
+    Retire(segments::Retire),
+    Operation,
+    SyncWrite { id: CommandId, moved_bytes: u64 },
+    SyncFlush,
+    Discard,
 }
 
 /// All state of one replica.
 #[derive(Debug)]
 pub struct Owner<S: Store> {
     store: S,
+    now: Now,
+    clock: LamportClock,
+    rng: StdRng,
+    replica: ReplicaId,
+    identity: LogIdentity,
+    data: S::File,
+    /// Length of the data disk when last asked (bytes).
+    disk_bytes: u64,
+    role: Role,
+    resumable: Option<Resumable>,
+    /// With which cause a resumed role begins an epoch; `None` = the same one goes on.
+    resume_cause: Option<Cause>,
+    log: LogWriter<S>,
+    tail: VecDeque<TailRecord>,
+    durable_time: Lamport,
+    overlay: Overlay,
+    /// What the next slot write will say; role, positions and lineage in it are kept current.
+    saved: SavedState,
+    saver: saver::Saver,
+    slots: Slots<S, SavedState>,
+    boot_id: Uuid,
+    /// Who is told when the state is saved; ascending.
+    saved_waiters: VecDeque<(saver::Generation, CommandId)>,
+    requests: submit::Requests,
+    commit: commit::Commit,
+    repair: Option<repair::Repair>,
+    flight: flight::Flight,
+    replay: replay::Replay,
+    inbound: inbound::Inbound,
+    operation: Option<operation::Operation>,
+    sync: sync::Target,
+    segments: segments::Segments,
+    faults: faults::Faults,
+    /// The `Close` that is the last record of the log.
+    trailing_close: Option<Close>,
+    /// Segments of a log that was thrown away, to be removed.
+    discarded: Vec<SegmentName>,
+    /// Files that are removed once the tail found at start is rewritten.
+    stale: Vec<SegmentName>,
+    /// The log is damaged, and whole again when it is durable up to here.
+    defect_until: Option<Lsn>,
+    is_shut_down: bool,
+    jobs: BTreeMap<JobId, Purpose>,
+    next_job: JobId,
+    actions: VecDeque<Action<S::File>>,
+    /// The status must be rebuilt and announced.
+    changed: bool,
+    /// A step did something: run all of them once more.
+    moved: bool,
     status: ReplicaStatus,
+    view: LogView,
 }
 
 impl<S: Store> Owner<S> {
-    /// Opens a replica and recovers it: reads slots and log, rewrites the unproven tail, decides what it may do. Blocks on
-    /// file I/O for as long as reading the log from the applied position takes; call it on a pool thread.
-    ///
-    /// The replica comes up as `Secondary`; when it was primary before, `status().resumable` says so.
-    ///
-    /// # Errors
-    /// See [`OpenError`].
-    pub fn open(_store: S, _params: OpenParams, _now: Now) -> Result<Self, OpenError> {
-        unimplemented!("skeleton")
-    }
-
-    /// A block request. At most [`MAX_IN_FLIGHT`](crate::owner::MAX_IN_FLIGHT) may be unanswered at a time.
-    pub fn submit(&mut self, _now: Now, _tag: u64, _io: Io<'_>) -> Submitted {
-        unimplemented!("skeleton")
-    }
-
     /// An order; answered by exactly one [`Action::Reply`].
-    pub fn command(&mut self, _now: Now, _id: CommandId, _command: Command) {
-        unimplemented!("skeleton")
+    pub fn command(&mut self, now: Now, id: CommandId, command: Command) {
+        self.now = now;
+        self.order(id, command);
+        self.pump();
     }
 
     /// A job came back, or the deadline has passed.
-    pub fn handle(&mut self, _now: Now, _event: Event<S::File>) {
-        unimplemented!("skeleton")
+    ///
+    /// # Panics
+    /// When a job comes back that was not given out or came back before.
+    pub fn handle(&mut self, now: Now, event: Event<S::File>) {
+        self.now = now;
+        if let Event::JobDone(id, outcome) = event {
+            let purpose = self.jobs.remove(&id).expect("each job comes back once");
+            self.job_done(purpose, outcome);
+        }
+        self.pump();
     }
 
     /// What the driver must do next; `None` when nothing is left for now.
     pub fn next_action(&mut self) -> Option<Action<S::File>> {
-        unimplemented!("skeleton")
+        if let Some(action) = self.actions.pop_front() {
+            return Some(action);
+        }
+        if self.changed {
+            self.changed = false;
+            self.publish();
+            return Some(Action::Changed);
+        }
+        None
     }
 
     /// When `handle(Event::Tick)` is wanted at the latest (on the monotonic clock of [`Now`]).
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
-        unimplemented!("skeleton")
+        let mono = self.now.mono;
+        [
+            self.commit.deadline(),
+            self.flight.deadline(mono),
+            self.replay.deadline(mono),
+            self.saver.retry.deadline(mono),
+            self.segments.deadline(mono),
+            self.repair.as_ref().and_then(|repair| repair.deadline(mono)),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
-    /// The present status; worth asking after [`Action::Changed`].
+    /// The status as of the last [`Action::Changed`].
     #[must_use]
     pub fn status(&self) -> &ReplicaStatus {
         &self.status
+    }
+
+    /// What may be served to members, as of the last [`Action::Changed`]: durable log only (P6).
+    #[must_use]
+    pub fn log_view(&self) -> &LogView {
+        &self.view
     }
 
     /// The store, for those who read segments themselves.
@@ -112,7 +203,113 @@ impl<S: Store> Owner<S> {
     pub fn store(&self) -> &S {
         &self.store
     }
+
+    fn job_done(&mut self, purpose: Purpose, outcome: JobOutcome<S::File>) {
+        match (purpose, outcome) {
+            (Purpose::LogSync, JobOutcome::Done(result)) => self.log_synced(result),
+            (Purpose::Prepare(name), JobOutcome::File(result)) => self.segment_prepared(name, result),
+            (Purpose::Rewrite, JobOutcome::Rewritten(result)) => self.tail_rewritten(result),
+            (Purpose::Read { tag }, JobOutcome::Data(result)) => self.read_done(tag, result),
+            (Purpose::Flight, JobOutcome::Done(result)) => self.flight_done(result),
+            (Purpose::Slot, JobOutcome::Done(result)) => self.slot_saved(result),
+            (Purpose::Replay { incarnation }, JobOutcome::Log(result)) => self.replay_read(incarnation, result),
+            (Purpose::DiskSize, JobOutcome::Size(result)) => self.disk_size_known(result),
+            (Purpose::Retire(retire), JobOutcome::Done(result)) => self.segments_retired(&retire, result),
+            (Purpose::Operation, JobOutcome::Done(result)) => self.operation_job_done(result),
+            (Purpose::SyncWrite { id, moved_bytes }, JobOutcome::Done(result)) => {
+                self.sync_written(id, moved_bytes, result);
+            }
+            (Purpose::SyncFlush, JobOutcome::Done(result)) => self.sync_flushed(result),
+            (Purpose::Discard, JobOutcome::Done(result)) => self.discard_done(result),
+            (purpose, _) => unreachable!("not an outcome of {purpose:?}"),
+        }
+    }
+
+    /// Runs all steps until none of them moves any more.
+    fn pump(&mut self) {
+        loop {
+            self.moved = false;
+            self.step_repair();
+            self.step_discard();
+            self.step_segments();
+            self.step_inbound();
+            self.step_held();
+            self.step_commit();
+            self.step_replay();
+            self.step_flight();
+            self.step_operation();
+            self.step_saver();
+            if !self.moved {
+                break;
+            }
+        }
+        self.check_positions();
+    }
+
+    fn check_positions(&self) {
+        let (appended, durable) = (self.log.appended().lsn, self.log.durable().lsn);
+        let (replayed, applied) = (self.replay.cursor().lsn, self.saved.applied.lsn);
+        assert!(appended >= durable, "appended {appended} is behind durable {durable}");
+        assert!(durable >= replayed, "durable {durable} is behind replayed {replayed}");
+        assert!(replayed >= applied, "replayed {replayed} is behind applied {applied}");
+        assert!(
+            self.saved.dirty_end.lsn >= applied,
+            "dirty end {} is behind applied {applied}",
+            self.saved.dirty_end
+        );
+    }
+
+    fn job(&mut self, purpose: Purpose, job: Job<S::File>) {
+        let id = self.next_job;
+        self.next_job += 1;
+        self.jobs.insert(id, purpose);
+        self.actions.push_back(Action::Job(id, job));
+        self.moved = true;
+    }
+
+    fn reply(&mut self, id: CommandId, reply: Reply) {
+        self.actions.push_back(Action::Reply(id, reply));
+        self.moved = true;
+    }
+
+    fn done(&mut self, id: CommandId) {
+        self.reply(id, Ok(Answer::Done));
+    }
+
+    fn refuse(&mut self, id: CommandId, refusal: Refusal) {
+        self.reply(id, Err(refusal));
+    }
+
+    /// Changes what is saved; says from when on it is durable.
+    fn save(&mut self, change: impl FnOnce(&mut SavedState)) -> saver::Generation {
+        change(&mut self.saved);
+        self.moved = true;
+        self.changed = true;
+        self.saver.request()
+    }
+
+    fn lamport(&mut self) -> Lamport {
+        self.clock.stamp(self.now.wall_ns)
+    }
+
+    fn is_consistent(&self) -> bool {
+        self.saved.data == DataState::Consistent
+    }
+
+    /// Memory charged to the budget: payload in all stages, and of records kept for a rewrite of the tail.
+    fn memory_bytes(&self) -> u64 {
+        self.overlay.memory_bytes() + self.log.unsynced_bytes()
+    }
+
+    /// Writers wait, or will soon: everything that frees memory is urgent.
+    fn is_under_pressure(&self) -> bool {
+        self.memory_bytes() >= self.saved.tuning.overlay_budget_bytes / 2
+    }
+
+    fn is_over_budget(&self) -> bool {
+        self.memory_bytes() >= self.saved.tuning.overlay_budget_bytes
+    }
 }
 
-/// Most unanswered block requests of one device; one more is answered with `EBUSY`.
-pub const MAX_IN_FLIGHT: usize = 4096;
+#[cfg(test)]
+mod tests;

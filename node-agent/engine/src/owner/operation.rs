@@ -26,13 +26,37 @@ use std::io;
 /// An order under way.
 #[derive(Debug)]
 pub(super) enum Operation {
-    Promote { id: CommandId, designation: Designation, cause: Option<Cause>, stage: Promote },
-    Close { id: CommandId, close: Close, stage: Closing },
-    StepDown { id: CommandId, designation: Designation, saving: Option<Generation> },
-    Restart { id: CommandId, restart: Box<Restart>, stage: Restarting },
-    Resize { id: CommandId, size_bytes: u64 },
-    Rotate { id: CommandId },
-    Shutdown { id: CommandId },
+    Promote {
+        id: CommandId,
+        designation: Designation,
+        cause: Option<Cause>,
+        stage: Promote,
+    },
+    Close {
+        id: CommandId,
+        close: Close,
+        stage: Closing,
+    },
+    StepDown {
+        id: CommandId,
+        designation: Designation,
+        saving: Option<Generation>,
+    },
+    Restart {
+        id: CommandId,
+        restart: Box<Restart>,
+        stage: Restarting,
+    },
+    Resize {
+        id: CommandId,
+        size_bytes: u64,
+    },
+    Rotate {
+        id: CommandId,
+    },
+    Shutdown {
+        id: CommandId,
+    },
 }
 
 #[derive(Debug)]
@@ -95,7 +119,9 @@ impl<S: Store> Owner<S> {
                 self.done_when_saved(id, generation);
             }
             Command::SetReplicationFault(fault) => {
-                self.changed |= self.faults.clear(|fault| matches!(fault, Fault::Fork { .. } | Fault::Orphan { .. }));
+                self.changed |= self
+                    .faults
+                    .clear(|fault| matches!(fault, Fault::Fork { .. } | Fault::Orphan { .. }));
                 if let Some(fault) = fault {
                     self.changed |= self.faults.set(fault);
                 }
@@ -107,7 +133,13 @@ impl<S: Store> Owner<S> {
             Command::FinishSync { dirty_end } => self.finish_sync(id, dirty_end),
             Command::Mark { name } => match self.role {
                 Role::Primary => self.append_control(RecordKind::Marker, 0, Bytes::from(name), Then::Reply(id)),
-                role => self.refuse(id, Refusal::WrongRole { role, hint: "markers are set on the primary" }),
+                role => self.refuse(
+                    id,
+                    Refusal::WrongRole {
+                        role,
+                        hint: "markers are set on the primary",
+                    },
+                ),
             },
             command @ (Command::Promote { .. }
             | Command::Resume { .. }
@@ -131,7 +163,10 @@ impl<S: Store> Owner<S> {
         }
         let role = self.role;
         if self.operation.is_some() || self.sync.is_flushing() {
-            return Err(Refusal::WrongRole { role, hint: "another operation is under way: try again after it" });
+            return Err(Refusal::WrongRole {
+                role,
+                hint: "another operation is under way: try again after it",
+            });
         }
         let operation = match command {
             Command::Promote { designation, cause } => return self.begin_promote(id, designation, cause),
@@ -142,14 +177,29 @@ impl<S: Store> Owner<S> {
                 if role == Role::Primary {
                     self.role = Role::Closing;
                 }
-                Operation::StepDown { id, designation, saving: None }
+                Operation::StepDown {
+                    id,
+                    designation,
+                    saving: None,
+                }
             }
             Command::Invalidate => {
                 self.secondary_only("hand over first, then invalidate")?;
-                let restart = Restart { start: Position::default(), lineage: Lineage::default(), sync: None, size_bytes: None, old: Vec::new() };
+                let restart = Restart {
+                    start: Position::default(),
+                    lineage: Lineage::default(),
+                    sync: None,
+                    size_bytes: None,
+                    old: Vec::new(),
+                };
                 self.begin_restart(id, restart)
             }
-            Command::BeginSync { source, start, lineage, size_bytes } => {
+            Command::BeginSync {
+                source,
+                start,
+                lineage,
+                size_bytes,
+            } => {
                 self.secondary_only("a primary is never the target of a sync")?;
                 match self.plan_sync(source, start, lineage, size_bytes)? {
                     Some(restart) => self.begin_restart(id, restart),
@@ -182,7 +232,11 @@ impl<S: Store> Owner<S> {
     }
 
     fn secondary_only(&self, hint: &'static str) -> Result<(), Refusal> {
-        if self.role == Role::Secondary { Ok(()) } else { Err(Refusal::WrongRole { role: self.role, hint }) }
+        if self.role == Role::Secondary {
+            Ok(())
+        } else {
+            Err(Refusal::WrongRole { role: self.role, hint })
+        }
     }
 
     fn observe(&mut self, id: CommandId, designation: Designation) {
@@ -190,7 +244,10 @@ impl<S: Store> Owner<S> {
             return self.refuse(id, refusal);
         }
         let generation = self.save(|saved| saved.designation = designation);
-        if self.resumable.is_some_and(|resumable| resumable.designation != designation) {
+        if self
+            .resumable
+            .is_some_and(|resumable| resumable.designation != designation)
+        {
             self.resumable = None;
         }
         self.done_when_saved(id, generation);
@@ -223,16 +280,21 @@ impl<S: Store> Owner<S> {
 
     fn begin_resume(&mut self, id: CommandId, designation: Designation) -> Result<(), Refusal> {
         let Some(resumable) = self.resumable.filter(|_| self.role == Role::Secondary) else {
-            return Err(Refusal::WrongRole { role: self.role, hint: "nothing to resume: it was not primary before, or a newer designation is known" });
+            return Err(Refusal::WrongRole {
+                role: self.role,
+                hint: "nothing to resume: it was not primary before, or a newer designation is known",
+            });
         };
         if resumable.designation != designation {
             let (asked, known) = (designation.number, resumable.designation.number);
             return Err(Refusal::StaleDesignation { asked, known });
         }
         if !self.is_consistent() {
-            return Err(Refusal::Inconsistent { data: self.saved.data.clone() });
+            return Err(Refusal::Inconsistent {
+                data: self.saved.data.clone(),
+            });
         }
-        let cause = self.resume_cause();
+        let cause = self.resume_cause;
         self.begin_loading(id, designation, cause);
         Ok(())
     }
@@ -240,32 +302,59 @@ impl<S: Store> Owner<S> {
     fn begin_loading(&mut self, id: CommandId, designation: Designation, cause: Option<Cause>) {
         self.refuse_inbound("it is being promoted");
         self.role = Role::Promoting;
-        self.operation = Some(Operation::Promote { id, designation, cause, stage: Promote::Loading });
+        self.operation = Some(Operation::Promote {
+            id,
+            designation,
+            cause,
+            stage: Promote::Loading,
+        });
         self.changed = true;
         self.moved = true;
     }
 
     /// A shutdown does not wait for a promotion that still loads.
     fn abort_loading(&mut self) {
-        if let Some(Operation::Promote { id, stage: Promote::Loading, .. }) = self.operation {
+        if let Some(Operation::Promote {
+            id,
+            stage: Promote::Loading,
+            ..
+        }) = self.operation
+        {
             self.operation = None;
             self.role = Role::Secondary;
-            self.refuse(id, Refusal::WrongRole { role: Role::Secondary, hint: "the replica is being shut down" });
+            self.refuse(
+                id,
+                Refusal::WrongRole {
+                    role: Role::Secondary,
+                    hint: "the replica is being shut down",
+                },
+            );
         }
     }
 
     fn begin_close(&mut self, id: CommandId, close: Close) -> Result<(), Refusal> {
-        if let Some(released) = self.released.filter(|released| released.designation == close.designation) {
+        if let Some(released) = self
+            .saved
+            .released
+            .filter(|released| released.designation == close.designation)
+        {
             self.reply(id, Ok(Answer::At(released.end)));
             return Ok(());
         }
         roles::check_designation(self.saved.designation, close.designation)?;
         if self.role != Role::Primary {
-            return Err(Refusal::WrongRole { role: self.role, hint: "only a primary closes; Observe persists the designation" });
+            return Err(Refusal::WrongRole {
+                role: self.role,
+                hint: "only a primary closes; Observe persists the designation",
+            });
         }
         self.role = Role::Closing;
         self.append_control(RecordKind::Close, 0, Bytes::from(close.encode()), Then::Operation);
-        self.operation = Some(Operation::Close { id, close, stage: Closing::Recording });
+        self.operation = Some(Operation::Close {
+            id,
+            close,
+            stage: Closing::Recording,
+        });
         self.changed = true;
         Ok(())
     }
@@ -280,16 +369,29 @@ impl<S: Store> Owner<S> {
 
     fn begin_restart(&mut self, id: CommandId, restart: Restart) -> Operation {
         self.refuse_inbound("its log is being thrown away");
-        Operation::Restart { id, restart: Box::new(restart), stage: Restarting::Quiescing }
+        Operation::Restart {
+            id,
+            restart: Box::new(restart),
+            stage: Restarting::Quiescing,
+        }
     }
 
     pub(super) fn restart_for_sync(start: Position, lineage: Lineage, sync: SavedSync, size_bytes: u64) -> Restart {
-        Restart { start, lineage, sync: Some(sync), size_bytes: Some(size_bytes), old: Vec::new() }
+        Restart {
+            start,
+            lineage,
+            sync: Some(sync),
+            size_bytes: Some(size_bytes),
+            old: Vec::new(),
+        }
     }
 
     fn check_resize(&self, size_bytes: u64) -> Result<(), Refusal> {
         if self.role != Role::Primary {
-            return Err(Refusal::WrongRole { role: self.role, hint: "resize on the primary; the others follow through the log" });
+            return Err(Refusal::WrongRole {
+                role: self.role,
+                hint: "resize on the primary; the others follow through the log",
+            });
         }
         if size_bytes % BLOCK_BYTES != 0 || size_bytes < self.size_bytes() {
             let now = self.size_bytes();
@@ -309,7 +411,12 @@ impl<S: Store> Owner<S> {
     pub(super) fn wants_all_applied(&self) -> bool {
         matches!(
             self.operation,
-            Some(Operation::Close { stage: Closing::WritingBack(_), .. } | Operation::Shutdown { .. })
+            Some(
+                Operation::Close {
+                    stage: Closing::WritingBack(_),
+                    ..
+                } | Operation::Shutdown { .. }
+            )
         )
     }
 
@@ -322,9 +429,18 @@ impl<S: Store> Owner<S> {
     pub(super) fn step_operation(&mut self) {
         let Some(operation) = self.operation.take() else { return };
         self.operation = match operation {
-            Operation::Promote { id, designation, cause, stage } => self.step_promote(id, designation, cause, stage),
+            Operation::Promote {
+                id,
+                designation,
+                cause,
+                stage,
+            } => self.step_promote(id, designation, cause, stage),
             Operation::Close { id, close, stage } => self.step_close(id, close, stage),
-            Operation::StepDown { id, designation, saving } => self.step_down(id, designation, saving),
+            Operation::StepDown {
+                id,
+                designation,
+                saving,
+            } => self.step_down(id, designation, saving),
             Operation::Restart { id, restart, stage } => self.step_restart(id, restart, stage),
             Operation::Rotate { id } => self.step_rotate(id),
             Operation::Shutdown { id } => self.step_shutdown(id),
@@ -362,7 +478,10 @@ impl<S: Store> Owner<S> {
                 }
             }
             Promote::Saving(generation, entry) if self.saver.is_durable(generation) => match entry {
-                Some(entry) => Promote::Beginning(entry),
+                Some(entry) => {
+                    self.moved = true;
+                    Promote::Beginning(entry)
+                }
                 None => return self.promoted(id),
             },
             Promote::Beginning(entry) => match self.begin_epoch(entry.clone()) {
@@ -374,15 +493,25 @@ impl<S: Store> Owner<S> {
             },
             waiting @ Promote::Saving(..) => waiting,
         };
-        Some(Operation::Promote { id, designation, cause, stage: next })
+        Some(Operation::Promote {
+            id,
+            designation,
+            cause,
+            stage: next,
+        })
     }
 
     fn loading_failed(&self) -> Option<Refusal> {
         self.faults.list().iter().find_map(|fault| match fault {
             Fault::LogDefect { lsn, .. } if *lsn >= self.replay.cursor().lsn && *lsn < self.log.durable().lsn => {
-                Some(Refusal::Io(format!("the local log is damaged at {lsn}: let it be fetched again from a member")))
+                Some(Refusal::Io(format!(
+                    "the local log is damaged at {lsn}: let it be fetched again from a member"
+                )))
             }
-            Fault::DiskTooSmall { wanted_bytes, disk_bytes } => Some(Refusal::Io(format!(
+            Fault::DiskTooSmall {
+                wanted_bytes,
+                disk_bytes,
+            } => Some(Refusal::Io(format!(
                 "the local disk has {disk_bytes} bytes, the log asks for {wanted_bytes}: enlarge it first"
             ))),
             _ => None,
@@ -392,15 +521,22 @@ impl<S: Store> Owner<S> {
     fn new_epoch(&mut self, cause: Cause) -> EpochEntry {
         let id = EpochId(uuid::Builder::from_random_bytes(self.rng.random()).into_uuid());
         let lamport = self.lamport();
-        EpochEntry { id, parent: self.log.appended(), origin: self.replica, cause, lamport }
+        EpochEntry {
+            id,
+            parent: self.log.appended(),
+            origin: self.replica,
+            cause,
+            lamport,
+        }
     }
 
     fn promoted(&mut self, id: CommandId) -> Option<Operation> {
         self.role = Role::Primary;
         self.resumable = None;
-        self.released = None;
+        self.saved.released = None;
         self.trailing_close = None;
-        self.faults.clear(|fault| matches!(fault, Fault::LogDefect { .. } | Fault::Orphan { .. }));
+        self.faults
+            .clear(|fault| matches!(fault, Fault::LogDefect { .. } | Fault::Orphan { .. }));
         self.replay.passed(self.log.durable(), self.durable_time);
         self.changed = true;
         self.reply(id, Ok(Answer::At(self.log.appended())));
@@ -415,9 +551,15 @@ impl<S: Store> Owner<S> {
                 if !self.is_all_applied() && !disk_failed {
                     Closing::WritingBack(end)
                 } else {
+                    let released = Released {
+                        designation: close.designation,
+                        to: close.to,
+                        end,
+                    };
                     let generation = self.save(|saved| {
                         saved.designation = close.designation;
                         saved.role = SavedRole::Secondary;
+                        saved.released = Some(released);
                     });
                     Closing::Saving(end, generation)
                 }
@@ -425,7 +567,6 @@ impl<S: Store> Owner<S> {
             Closing::Saving(end, generation) if self.saver.is_durable(generation) => {
                 self.become_secondary();
                 self.trailing_close = Some(close);
-                self.released = Some(Released { designation: close.designation, to: close.to, end });
                 self.reply(id, Ok(Answer::At(end)));
                 return None;
             }
@@ -435,7 +576,10 @@ impl<S: Store> Owner<S> {
     }
 
     fn become_secondary(&mut self) {
-        assert!(self.tail.is_empty(), "a role ends only when everything appended is durable");
+        assert!(
+            self.tail.is_empty(),
+            "a role ends only when everything appended is durable"
+        );
         self.role = Role::Secondary;
         self.resumable = None;
         self.changed = true;
@@ -458,7 +602,11 @@ impl<S: Store> Owner<S> {
             })),
             waiting => waiting,
         };
-        Some(Operation::StepDown { id, designation, saving })
+        Some(Operation::StepDown {
+            id,
+            designation,
+            saving,
+        })
     }
 
     /// Nothing waits to be appended, and everything appended is durable.
@@ -476,10 +624,14 @@ impl<S: Store> Owner<S> {
                 Restarting::SavingFirst(self.save_restart(&mut restart))
             }
             Restarting::SavingFirst(generation) if self.saver.is_durable(generation) => {
+                self.moved = true;
                 Restarting::SavingSecond(self.saver.request())
             }
             Restarting::SavingSecond(generation) if self.saver.is_durable(generation) => {
-                let old = std::mem::take(&mut restart.old).into_iter().map(FileId::Segment).collect();
+                let old = std::mem::take(&mut restart.old)
+                    .into_iter()
+                    .map(FileId::Segment)
+                    .collect();
                 self.job(Purpose::Operation, Job::Remove(old));
                 Restarting::Removing
             }
@@ -490,7 +642,9 @@ impl<S: Store> Owner<S> {
 
     /// No job is out that reads the log or writes anywhere but to a slot.
     fn is_quiet(&self) -> bool {
-        self.jobs.values().all(|purpose| matches!(purpose, Purpose::Slot | Purpose::DiskSize | Purpose::Read { .. }))
+        self.jobs
+            .values()
+            .all(|purpose| matches!(purpose, Purpose::Slot | Purpose::DiskSize | Purpose::Read { .. }))
             && self.repair.is_none()
             && self.flight.may_be_dropped()
     }
@@ -498,12 +652,17 @@ impl<S: Store> Owner<S> {
     fn save_restart(&mut self, restart: &mut Restart) -> Generation {
         self.drop_overlay();
         restart.old = self.drop_log(restart.start, &restart.lineage);
-        self.replay.reset(restart.start, restart.size_bytes.unwrap_or(self.saved.size_bytes));
-        self.released = None;
+        self.replay
+            .reset(restart.start, restart.size_bytes.unwrap_or(self.saved.size_bytes));
+        self.saved.released = None;
         self.trailing_close = None;
         self.resumable = None;
+        self.defect_until = None;
         self.faults.clear(|fault| {
-            matches!(fault, Fault::LogDefect { .. } | Fault::Fork { .. } | Fault::Orphan { .. } | Fault::DiskTooSmall { .. })
+            matches!(
+                fault,
+                Fault::LogDefect { .. } | Fault::Fork { .. } | Fault::Orphan { .. } | Fault::DiskTooSmall { .. }
+            )
         });
         let first_segment = self.log.next_number();
         let (start, lineage, sync) = (restart.start, restart.lineage.clone(), restart.sync);
@@ -514,7 +673,11 @@ impl<S: Store> Owner<S> {
             saved.sync = sync;
             saved.size_bytes = size_bytes;
             (saved.applied, saved.dirty_end, saved.durable) = (start, start, start);
-            saved.log = LogOrigin { first_segment, start, started: false };
+            saved.log = LogOrigin {
+                first_segment,
+                start,
+                started: false,
+            };
             saved.lineage = lineage;
         })
     }
@@ -532,7 +695,9 @@ impl<S: Store> Owner<S> {
     }
 
     pub(super) fn operation_job_done(&mut self, result: io::Result<()>) {
-        let Some(Operation::Restart { id, .. }) = self.operation.take() else { unreachable!("only a restart has jobs") };
+        let Some(Operation::Restart { id, .. }) = self.operation.take() else {
+            unreachable!("only a restart has jobs")
+        };
         if let Err(error) = result {
             // They are not part of the log any more, whatever happens: the next start removes them.
             tracing::warn!(replica = %self.replica, %error, "removing old log segments failed");
@@ -557,11 +722,15 @@ impl<S: Store> Owner<S> {
 
     /// The data disk was asked for its size: a resize goes on, or is refused.
     pub(super) fn resize_answered(&mut self) {
-        let Some(Operation::Resize { id, size_bytes }) = self.operation else { return };
+        let Some(Operation::Resize { id, size_bytes }) = self.operation else {
+            return;
+        };
         self.operation = None;
         if size_bytes > self.disk_bytes {
             let disk = self.disk_bytes;
-            let message = format!("the local disk has {disk} bytes: enlarge it (on every member) before the device grows to {size_bytes}");
+            let message = format!(
+                "the local disk has {disk} bytes: enlarge it (on every member) before the device grows to {size_bytes}"
+            );
             self.refuse(id, Refusal::Invalid(message));
         } else {
             self.append_control(RecordKind::Resize, size_bytes, Bytes::new(), Then::Reply(id));
@@ -581,5 +750,11 @@ impl<S: Store> Owner<S> {
 /// Stands for "no epoch yet" in a log without history.
 pub(super) fn blank_epoch(origin: ReplicaId) -> EpochEntry {
     let (id, parent, lamport) = (EpochId::default(), Position::default(), Lamport::default());
-    EpochEntry { id, parent, origin, cause: Cause::Create, lamport }
+    EpochEntry {
+        id,
+        parent,
+        origin,
+        cause: Cause::Create,
+        lamport,
+    }
 }

@@ -3,9 +3,10 @@
 //! Invariant: of positions only what is true on stable storage is told to other members (P6): the log view ends at `durable`.
 
 use super::Owner;
-use crate::api::{LogView, MemberStatus, ReplicaStatus};
+use crate::api::{DataState, LogView, MemberStatus, ReplicaStatus, Role, SegmentView, Switches};
+use crate::lineage::Lineage;
 use crate::store::Store;
-use crate::types::Lsn;
+use crate::types::{Designation, Lamport, Lsn, Position};
 
 impl<S: Store> Owner<S> {
     pub(super) fn publish(&mut self) {
@@ -16,15 +17,29 @@ impl<S: Store> Owner<S> {
     /// The durable log, for those who read segment files themselves.
     pub(super) fn served_log(&self) -> LogView {
         let durable = self.log.durable();
-        let segments = self.log.segments().iter().filter(|segment| segment.start.lsn <= durable.lsn).cloned().collect();
-        LogView { segments, durable, lineage: self.durable_lineage() }
+        let segments = self
+            .log
+            .segments()
+            .iter()
+            .filter(|segment| segment.start.lsn <= durable.lsn);
+        let segments = segments
+            .map(|segment| SegmentView {
+                name: segment.name,
+                start: segment.start,
+            })
+            .collect();
+        LogView {
+            segments,
+            durable,
+            lineage: self.durable_lineage(),
+        }
     }
 
-    /// Epochs that begin at or before the durable end.
-    fn durable_lineage(&self) -> crate::lineage::Lineage {
-        let durable = self.log.durable().lsn;
-        let known = self.saved.lineage.0.iter().filter(|entry| entry.parent.lsn <= durable);
-        crate::lineage::Lineage(known.cloned().collect())
+    /// Epochs up to the one of the durable end: a later one is not proven to be on stable storage.
+    fn durable_lineage(&self) -> Lineage {
+        let epochs = &self.saved.lineage.0;
+        let last = epochs.iter().position(|entry| entry.id == self.log.durable().epoch);
+        Lineage(epochs[..last.map_or(0, |last| last + 1)].to_vec())
     }
 
     pub(super) fn compose_status(&self) -> ReplicaStatus {
@@ -50,10 +65,10 @@ impl<S: Store> Owner<S> {
             lineage: self.durable_lineage(),
             switches: saved.switches.clone(),
             sync: saved.sync.map(|sync| sync.progress()),
-            released: self.released,
+            released: saved.released.filter(|_| self.role == Role::Secondary),
             faults: self.faults.list().to_vec(),
             overlay_bytes: self.overlay.memory_bytes(),
-            log_bytes: self.log.bytes(),
+            log_bytes: self.log_bytes(),
             resumable: self.resumable,
             members: members.collect(),
         }
@@ -66,8 +81,43 @@ impl<S: Store> Owner<S> {
         self
     }
 
+    /// Length of all segments (bytes).
+    pub(super) fn log_bytes(&self) -> u64 {
+        self.log.segments().iter().map(|segment| segment.file_bytes).sum()
+    }
+
     /// Where the log that is served begins.
     pub(super) fn log_start(&self) -> Lsn {
-        self.log.segments().first().map_or(self.log.durable().lsn, |first| first.start.lsn)
+        self.log
+            .segments()
+            .first()
+            .map_or(self.log.durable().lsn, |first| first.start.lsn)
+    }
+}
+
+/// Stands in until the first status is composed, within `open`.
+pub(super) fn blank_status() -> ReplicaStatus {
+    ReplicaStatus {
+        role: Role::Secondary,
+        data: DataState::Syncing,
+        designation: Designation::default(),
+        size_bytes: 0,
+        appended: Position::default(),
+        durable: Position::default(),
+        replayed: Lsn::ZERO,
+        applied: Position::default(),
+        dirty_end: Lsn::ZERO,
+        log_start: Lsn::ZERO,
+        durable_time: Lamport::default(),
+        applied_time: Lamport::default(),
+        lineage: Lineage::default(),
+        switches: Switches::default(),
+        sync: None,
+        released: None,
+        faults: Vec::new(),
+        overlay_bytes: 0,
+        log_bytes: 0,
+        resumable: None,
+        members: Vec::new(),
     }
 }

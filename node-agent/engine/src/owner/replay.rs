@@ -10,8 +10,10 @@ use super::retry::Retry;
 use super::{Owner, Purpose};
 use crate::api::{DataState, Fault, Role};
 use crate::format::record::{Record, RecordKind};
-use crate::jobs::{Job, LogRun};
+use crate::jobs::{Job, LogRun, LogSource};
+use crate::log::reader::ReadError;
 use crate::overlay::Content;
+use crate::recovery;
 use crate::store::Store;
 use crate::types::{ByteRange, Lamport, Lsn, Position};
 use std::collections::VecDeque;
@@ -35,6 +37,8 @@ pub(super) struct Replay {
     ahead: VecDeque<(Record, Position)>,
     ahead_bytes: u64,
     reading: bool,
+    /// Stands behind the last record that was read, as long as nothing came from elsewhere.
+    reader: Option<(Box<dyn LogSource>, Position)>,
     /// Tells results for a log that was thrown away meanwhile.
     incarnation: u64,
     retry: Retry,
@@ -55,6 +59,7 @@ impl Replay {
             ahead: VecDeque::new(),
             ahead_bytes: 0,
             reading: false,
+            reader: None,
             incarnation: 0,
             retry: Retry::default(),
             wake: None,
@@ -65,7 +70,10 @@ impl Replay {
 
     /// The log was thrown away; it begins anew here.
     pub(super) fn reset(&mut self, cursor: Position, size_bytes: u64) {
-        *self = Replay { incarnation: self.incarnation + 1, ..Replay::new(cursor, Lamport::default(), size_bytes) };
+        *self = Replay {
+            incarnation: self.incarnation + 1,
+            ..Replay::new(cursor, Lamport::default(), size_bytes)
+        };
     }
 
     pub(super) fn cursor(&self) -> Position {
@@ -93,6 +101,7 @@ impl Replay {
         if next.advance(record.lsn_bytes()) == end.lsn && !self.reading && self.ahead_bytes < AHEAD_BYTES {
             self.ahead_bytes += record.lsn_bytes();
             self.ahead.push_back((record, end));
+            self.reader = None;
         }
     }
 
@@ -146,28 +155,49 @@ impl<S: Store> Owner<S> {
             self.moved = true;
         }
         let caught_up = self.replay.cursor.lsn >= self.log.durable().lsn;
-        if !self.replay.ahead.is_empty() || self.replay.reading || caught_up || !self.replay.retry.ready(self.now.mono) {
+        if !self.replay.ahead.is_empty() || self.replay.reading || caught_up || !self.replay.retry.ready(self.now.mono)
+        {
             return;
         }
         self.replay.reading = true;
-        let (view, from) = (self.served_log(), self.replay.cursor);
-        let purpose = Purpose::Replay { incarnation: self.replay.incarnation };
-        self.job(purpose, Job::ReadLog { view, from, max_bytes: AHEAD_BYTES });
+        let view = self.served_log();
+        let (reader, from) = match self.replay.reader.take() {
+            Some((reader, at)) => (Some(reader), at),
+            None => (None, self.replay.cursor),
+        };
+        let purpose = Purpose::Replay {
+            incarnation: self.replay.incarnation,
+        };
+        self.job(
+            purpose,
+            Job::ReadLog {
+                reader,
+                view,
+                from,
+                max_bytes: AHEAD_BYTES,
+            },
+        );
     }
 
     /// Loads the next record; `false`: there is none, or it must wait.
     fn replay_next(&mut self) -> bool {
-        let Some((record, _)) = self.replay.ahead.front() else { return false };
-        if self.is_over_budget() || self.is_held_back(record.header.lamport) {
+        let Some((record, _)) = self.replay.ahead.front() else {
+            return false;
+        };
+        let header = record.header;
+        if self.is_over_budget() || self.is_held_back(header.lamport) {
             return false;
         }
-        if record.header.kind == RecordKind::Resize && record.header.offset > self.disk_bytes {
+        if header.kind == RecordKind::Resize && header.offset > self.disk_bytes {
             self.ask_disk_size();
             return false;
         }
         let (record, end) = self.replay.ahead.pop_front().expect("it was looked at");
         self.replay.ahead_bytes -= record.lsn_bytes();
-        let range = ByteRange { offset: record.header.offset, len: record.header.len };
+        let range = ByteRange {
+            offset: record.header.offset,
+            len: record.header.len,
+        };
         match record.header.kind {
             RecordKind::Write => self.overlay.replay(range, Content::Bytes(record.payload)),
             RecordKind::Discard | RecordKind::WriteZeroes => self.overlay.replay(range, Content::Zeros),
@@ -193,23 +223,27 @@ impl<S: Store> Owner<S> {
         left_ns > 0
     }
 
-    pub(super) fn replay_read(&mut self, incarnation: u64, result: LogRun) {
+    pub(super) fn replay_read(&mut self, incarnation: u64, result: Result<LogRun, ReadError>) {
         if incarnation != self.replay.incarnation {
             return;
         }
         self.replay.reading = false;
         match result {
-            Ok(records) => {
-                assert!(self.replay.ahead.is_empty(), "nothing is offered while a read is under way");
+            Ok(LogRun { records, reader, at }) => {
+                assert!(
+                    self.replay.ahead.is_empty(),
+                    "nothing is offered while a read is under way"
+                );
                 self.replay.ahead_bytes = records.iter().map(|(record, _)| record.lsn_bytes()).sum();
                 self.replay.ahead = records.into();
+                self.replay.reader = Some((reader, at));
                 self.replay.retry.succeeded();
             }
             Err(error) => {
                 tracing::error!(replica = %self.replica, %error, "reading the local log for replay failed");
                 self.replay.retry.failed(self.now.mono, &mut self.rng);
-                if let Some(fault) = error.as_fault() {
-                    self.changed |= self.faults.set(fault);
+                if let ReadError::Defect(stop) = &error {
+                    self.changed |= self.faults.set(recovery::defect(stop));
                 }
             }
         }
@@ -229,10 +263,20 @@ impl<S: Store> Owner<S> {
             self.disk_bytes = bytes;
         }
         let disk_bytes = self.disk_bytes;
-        let wanted = self.replay.ahead.front().filter(|(record, _)| record.header.kind == RecordKind::Resize);
-        match wanted.map(|(record, _)| record.header.offset).filter(|wanted| *wanted > disk_bytes) {
+        let wanted = self
+            .replay
+            .ahead
+            .front()
+            .filter(|(record, _)| record.header.kind == RecordKind::Resize);
+        match wanted
+            .map(|(record, _)| record.header.offset)
+            .filter(|wanted| *wanted > disk_bytes)
+        {
             Some(wanted_bytes) => {
-                self.changed |= self.faults.set(Fault::DiskTooSmall { wanted_bytes, disk_bytes });
+                self.changed |= self.faults.set(Fault::DiskTooSmall {
+                    wanted_bytes,
+                    disk_bytes,
+                });
                 self.replay.retry.failed(self.now.mono, &mut self.rng);
             }
             None => {

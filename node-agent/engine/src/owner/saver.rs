@@ -23,10 +23,6 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    pub(super) fn opened(applied: [Lsn; 2]) -> Self {
-        Saver { applied, ..Saver::default() }
-    }
-
     /// Something changed; says which generation contains it.
     pub(super) fn request(&mut self) -> Generation {
         self.wanted = self.wanted.max(self.issued) + 1;

@@ -46,11 +46,18 @@ pub(super) struct Segments {
 
 impl Segments {
     pub(super) fn new(summaries: Vec<Kept>) -> Self {
-        Segments { summaries, look: true, ..Segments::default() }
+        Segments {
+            summaries,
+            look: true,
+            ..Segments::default()
+        }
     }
 
     pub(super) fn deadline(&self, now: Duration) -> Option<Duration> {
-        [self.retry.deadline(now), self.retire_retry.deadline(now)].into_iter().flatten().min()
+        [self.retry.deadline(now), self.retire_retry.deadline(now)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     pub(super) fn look_again(&mut self) {
@@ -106,10 +113,17 @@ impl<S: Store> Owner<S> {
 
     pub(super) fn set_members(&mut self, id: CommandId, members: &[ReplicaId]) {
         let known = std::mem::take(&mut self.saved.members);
-        let members = members.iter().filter(|member| **member != self.replica).map(|&replica| {
-            let known = known.iter().find(|member| member.replica == replica).copied();
-            known.unwrap_or(SavedMember { replica, durable: None, orphaned: false })
-        });
+        let members = members
+            .iter()
+            .filter(|member| **member != self.replica)
+            .map(|&replica| {
+                let known = known.iter().find(|member| member.replica == replica).copied();
+                known.unwrap_or(SavedMember {
+                    replica,
+                    durable: None,
+                    orphaned: false,
+                })
+            });
         self.saved.members = members.collect();
         let generation = self.save(|_| {});
         self.segments.look_again();
@@ -144,12 +158,18 @@ impl<S: Store> Owner<S> {
     }
 
     fn retire(&mut self) {
-        let views = self.log.segments();
-        let starts = views.iter().skip(1).map(|next| next.start.lsn);
-        let closed: Vec<Closed> =
-            views.iter().zip(starts).map(|(view, end)| Closed { end, bytes: self.log.segment_bytes(view.name) }).collect();
+        let segments = self.log.segments();
+        let starts = segments.iter().skip(1).map(|next| next.start.lsn);
+        let closed: Vec<Closed> = segments
+            .iter()
+            .zip(starts)
+            .map(|(segment, end)| Closed {
+                end,
+                bytes: segment.file_bytes,
+            })
+            .collect();
         let (applied, budget) = (self.saver.applied_in_both(), self.saved.tuning.retention_bytes);
-        let plan = retention::plan(&closed, applied, &self.saved.members, self.log.bytes(), budget);
+        let plan = retention::plan(&closed, applied, &self.saved.members, self.log_bytes(), budget);
         if !plan.orphans.is_empty() {
             tracing::warn!(replica = %self.replica, orphans = ?plan.orphans, "log kept for absent members exceeds the retention budget: given up");
             let generation = self.save(|saved| {
@@ -160,7 +180,11 @@ impl<S: Store> Owner<S> {
             self.segments.recording = Some(generation);
             return;
         }
-        if self.segments.recording.is_some_and(|generation| !self.saver.is_durable(generation)) {
+        if self
+            .segments
+            .recording
+            .is_some_and(|generation| !self.saver.is_durable(generation))
+        {
             return;
         }
         self.segments.recording = None;
@@ -173,18 +197,35 @@ impl<S: Store> Owner<S> {
         let summarize = view.segments[..plan.segments].to_vec();
         self.log.forget_segments_below(end);
         for (segment, closed) in summarize.iter().zip(&closed) {
-            self.segments.summaries.push(Kept { name: segment.name, end: closed.end });
+            self.segments.summaries.push(Kept {
+                name: segment.name,
+                end: closed.end,
+            });
         }
         self.segments.retiring = true;
         self.changed = true;
-        self.job(Purpose::Retire(Retire { end }), Job::Retire { view, segments: plan.segments, summaries: gone_summaries });
+        self.job(
+            Purpose::Retire(Retire { end }),
+            Job::Retire {
+                view,
+                segments: plan.segments,
+                summaries: gone_summaries,
+            },
+        );
     }
 
     /// Summaries that all members have passed.
     fn passed_summaries(&mut self) -> Vec<SegmentName> {
-        let passed = self.saved.members.iter().map(|member| member.durable.map_or(Lsn::ZERO, |durable| durable.lsn)).min();
+        let passed = self
+            .saved
+            .members
+            .iter()
+            .map(|member| member.durable.map_or(Lsn::ZERO, |durable| durable.lsn))
+            .min();
         let passed = passed.unwrap_or(self.saved.applied.lsn);
-        let (gone, kept) = std::mem::take(&mut self.segments.summaries).into_iter().partition(|kept| kept.end <= passed);
+        let (gone, kept) = std::mem::take(&mut self.segments.summaries)
+            .into_iter()
+            .partition(|kept| kept.end <= passed);
         self.segments.summaries = kept;
         let gone: Vec<Kept> = gone;
         gone.into_iter().map(|kept| kept.name).collect()

@@ -4,7 +4,7 @@
 
 use super::saver::Generation;
 use super::{Owner, Purpose};
-use crate::api::{CommandId, Fault};
+use crate::api::{CommandId, Fault, Role};
 use crate::jobs::Job;
 use crate::store::Store;
 use std::io;
@@ -20,34 +20,48 @@ impl<S: Store> Owner<S> {
         if !self.saver.is_due() || !self.saver.retry.ready(self.now.mono) {
             return;
         }
-        self.saved.durable = self.log.durable();
-        self.saved.clock = self.lamport();
-        if let Some(first) = self.log.segments().first() {
-            self.saved.log.started = true;
-            self.saved.log.first_segment = self.saved.log.first_segment.min(first.name.number);
+        // Damage that is to be fetched again must not make us forget how far the log was durable.
+        let durable = self.log.durable();
+        if durable.lsn >= self.saved.durable.lsn || self.role != Role::Secondary {
+            self.saved.durable = durable;
         }
-        self.saver.begin(self.saved.applied.lsn);
-        let image = self.slots.next(&self.saved.encode());
-        self.job(Purpose::Slot, Job::SaveSlot(image));
+        self.saved.clock = self.clock.last();
+        if self.resumable.is_none() {
+            self.saved.boot_id = self.boot_id;
+        }
+        match self.slots.prepare(&self.saved) {
+            Ok(write) => {
+                self.saver.begin(self.saved.applied.lsn);
+                self.job(Purpose::Slot, Job::SaveSlot(write));
+            }
+            Err(error) => self.saving_failed(&error.to_string()),
+        }
+    }
+
+    fn saving_failed(&mut self, why: &str) {
+        let message = format!("saving the state: {why}; retrying");
+        tracing::error!(replica = %self.replica, message);
+        self.changed |= self.faults.set(Fault::StateFailed { message });
+        self.saver.retry.failed(self.now.mono, &mut self.rng);
     }
 
     pub(super) fn slot_saved(&mut self, result: io::Result<()>) {
         self.saver.finish(result.is_ok());
         match result {
             Ok(()) => {
-                self.slots.saved();
                 self.saver.retry.succeeded();
                 self.changed |= self.faults.clear(|fault| matches!(fault, Fault::StateFailed { .. }));
-                while let Some((_, id)) = self.saved_waiters.pop_front_if(|(wanted, _)| self.saver.is_durable(*wanted)) {
+                while let Some((_, id)) = self
+                    .saved_waiters
+                    .pop_front_if(|(wanted, _)| self.saver.is_durable(*wanted))
+                {
                     self.done(id);
                 }
                 self.segments.look_again();
             }
             Err(error) => {
-                let message = format!("saving the state: {error}; retrying");
-                tracing::error!(replica = %self.replica, message);
-                self.changed |= self.faults.set(Fault::StateFailed { message });
-                self.saver.retry.failed(self.now.mono, &mut self.rng);
+                self.slots.save_failed();
+                self.saving_failed(&error.to_string());
             }
         }
         self.moved = true;

@@ -93,10 +93,17 @@ impl<S: Store> Owner<S> {
         }
         let submitted = match io {
             Io::Read { range } => return self.read(tag, range),
-            Io::Write { offset, data, fua } => {
-                self.change(tag, RecordKind::Write, offset, data.len() as u64, Bytes::copy_from_slice(data), fua)
+            Io::Write { offset, data, fua } => self.change(
+                tag,
+                RecordKind::Write,
+                offset,
+                data.len() as u64,
+                Bytes::copy_from_slice(data),
+                fua,
+            ),
+            Io::Discard { range } => {
+                self.change(tag, RecordKind::Discard, range.offset, range.len, Bytes::new(), false)
             }
-            Io::Discard { range } => self.change(tag, RecordKind::Discard, range.offset, range.len, Bytes::new(), false),
             Io::WriteZeroes { range, fua } => {
                 self.change(tag, RecordKind::WriteZeroes, range.offset, range.len, Bytes::new(), fua)
             }
@@ -110,7 +117,13 @@ impl<S: Store> Owner<S> {
     fn invalid(&self, io: &Io<'_>) -> Option<i32> {
         let (range, beyond) = match *io {
             Io::Read { range } => (range, EINVAL),
-            Io::Write { offset, data, .. } => (ByteRange { offset, len: data.len() as u64 }, ENOSPC),
+            Io::Write { offset, data, .. } => (
+                ByteRange {
+                    offset,
+                    len: data.len() as u64,
+                },
+                ENOSPC,
+            ),
             Io::Discard { range } | Io::WriteZeroes { range, .. } => (range, ENOSPC),
             Io::Flush => return None,
         };
@@ -126,18 +139,38 @@ impl<S: Store> Owner<S> {
             return Submitted::Now(IoResult::Done);
         }
         let when_durable = fua || self.saved.tuning.durability == Durability::EveryWrite;
-        let mut held = Held { kind, offset, len, payload, fua, when_durable, then: Then::Complete(tag) };
+        let mut held = Held {
+            kind,
+            offset,
+            len,
+            payload,
+            fua,
+            when_durable,
+            then: Then::Complete(tag),
+        };
         if self.requests.has_held() || !self.append_all(&mut held) {
             self.requests.held.push_back(held);
             return Submitted::Later;
         }
-        if when_durable { self.wait_durable(held.then) } else { Submitted::Now(IoResult::Done) }
+        if when_durable {
+            self.wait_durable(held.then)
+        } else {
+            Submitted::Now(IoResult::Done)
+        }
     }
 
     /// Queues a record that is not a request of the device: resize, marker, close. `then` is told when it is durable.
     pub(super) fn append_control(&mut self, kind: RecordKind, offset: u64, payload: Bytes, then: Then) {
         let len = payload.len() as u64;
-        self.requests.held.push_back(Held { kind, offset, len, payload, fua: false, when_durable: true, then });
+        self.requests.held.push_back(Held {
+            kind,
+            offset,
+            len,
+            payload,
+            fua: false,
+            when_durable: true,
+            then,
+        });
         self.moved = true;
     }
 
@@ -148,10 +181,20 @@ impl<S: Store> Owner<S> {
                 return false;
             }
             let longest = MAX_PAYLOAD_BYTES.min(self.saved.tuning.segment_bytes / 2);
-            let len = if held.kind == RecordKind::Write { held.len.min(longest) } else { held.len };
+            let len = if held.kind == RecordKind::Write {
+                held.len.min(longest)
+            } else {
+                held.len
+            };
             let part = usize::try_from(len).map_or(held.payload.len(), |len| len.min(held.payload.len()));
             let payload = held.payload.slice(..part);
-            if !self.append(held.kind, if held.fua { FLAG_FUA } else { 0 }, held.offset, len, payload) {
+            if !self.append(
+                held.kind,
+                if held.fua { FLAG_FUA } else { 0 },
+                held.offset,
+                len,
+                payload,
+            ) {
                 return false;
             }
             held.payload = held.payload.slice(part..);
@@ -214,7 +257,11 @@ impl<S: Store> Owner<S> {
 
     fn push_waiter(&mut self, then: Then) {
         let at = self.log.appended();
-        self.requests.waiters.push_back(Waiter { until: at.lsn, at, then });
+        self.requests.waiters.push_back(Waiter {
+            until: at.lsn,
+            at,
+            then,
+        });
     }
 
     /// Tells those whose records are durable now.
@@ -227,7 +274,10 @@ impl<S: Store> Owner<S> {
 
     fn tell(&mut self, then: Then, at: Position) {
         match then {
-            Then::Complete(tag) => self.actions.push_back(Action::Complete { tag, result: IoResult::Done }),
+            Then::Complete(tag) => self.actions.push_back(Action::Complete {
+                tag,
+                result: IoResult::Done,
+            }),
             Then::Reply(id) => self.reply(id, Ok(Answer::At(at))),
             Then::Operation => self.control_durable(at),
         }
@@ -247,7 +297,15 @@ impl<S: Store> Owner<S> {
         }
         self.requests.reads += 1;
         let file = self.data.clone();
-        self.job(Purpose::Read { tag }, Job::Read { file, range, hits: found.hits, gaps: found.gaps });
+        self.job(
+            Purpose::Read { tag },
+            Job::Read {
+                file,
+                range,
+                hits: found.hits,
+                gaps: found.gaps,
+            },
+        );
         Submitted::Later
     }
 

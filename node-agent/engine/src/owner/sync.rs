@@ -47,18 +47,36 @@ impl<S: Store> Owner<S> {
         size_bytes: u64,
     ) -> Result<Option<Restart>, Refusal> {
         let Some(last) = lineage.0.last().filter(|last| last.id == start.epoch) else {
-            return Err(Refusal::Invalid("the source's history does not end in the epoch of its position".into()));
+            return Err(Refusal::Invalid(
+                "the source's history does not end in the epoch of its position".into(),
+            ));
         };
         if size_bytes > self.disk_bytes {
             let disk = self.disk_bytes;
-            return Err(Refusal::Invalid(format!("the local disk has {disk} bytes, the source {size_bytes}: enlarge it first")));
+            return Err(Refusal::Invalid(format!(
+                "the local disk has {disk} bytes, the source {size_bytes}: enlarge it first"
+            )));
         }
-        if let Some(sync) = self.saved.sync.filter(|sync| self.saved.data == DataState::Syncing && sync.consistent_at.is_none())
+        if let Some(sync) = self
+            .saved
+            .sync
+            .filter(|sync| self.saved.data == DataState::Syncing && sync.consistent_at.is_none())
             && self.may_continue(&sync, source, &lineage)
         {
-            let floor = if source == sync.source { sync.floor } else { sync.floor.max(last.parent.lsn) };
+            let floor = if source == sync.source {
+                sync.floor
+            } else {
+                sync.floor.max(last.parent.lsn)
+            };
             let epoch = last.id;
-            self.save(|saved| saved.sync = Some(SavedSync { source, epoch, floor, ..sync }));
+            self.save(|saved| {
+                saved.sync = Some(SavedSync {
+                    source,
+                    epoch,
+                    floor,
+                    ..sync
+                })
+            });
             return Ok(None);
         }
         let sync = SavedSync {
@@ -76,20 +94,28 @@ impl<S: Store> Owner<S> {
     /// Progress survives when what the earlier source had on its disk is certain to be part of this source's history: the same source
     /// (nothing reaches a disk before it is durable), or a new one that took over by a handover, after the `Close`.
     fn may_continue(&self, sync: &SavedSync, source: ReplicaId, lineage: &Lineage) -> bool {
-        let Some(index) = lineage.0.iter().position(|entry| entry.id == sync.epoch) else { return false };
+        let Some(index) = lineage.0.iter().position(|entry| entry.id == sync.epoch) else {
+            return false;
+        };
         let since = &lineage.0[index + 1..];
         let ours = self.log.appended();
         let is_ours = lineage.0.iter().any(|entry| entry.id == ours.epoch);
         let handed_over = since.last().is_some_and(|last| last.origin == source)
             && lineage.0[index].origin == sync.source
             && since.iter().all(|entry| entry.cause == Cause::Handover);
-        let same = source == sync.source && since.iter().all(|entry| matches!(entry.cause, Cause::Handover | Cause::Recovery));
+        let same = source == sync.source
+            && since
+                .iter()
+                .all(|entry| matches!(entry.cause, Cause::Handover | Cause::Recovery));
         is_ours && (same || handed_over)
     }
 
     fn check_copying(&self) -> Result<SavedSync, Refusal> {
         if self.role != Role::Secondary || self.operation.is_some() {
-            return Err(Refusal::WrongRole { role: self.role, hint: "not while another operation is under way" });
+            return Err(Refusal::WrongRole {
+                role: self.role,
+                hint: "not while another operation is under way",
+            });
         }
         match self.saved.sync {
             Some(sync) if self.saved.data == DataState::Syncing && sync.consistent_at.is_none() => Ok(sync),
@@ -103,19 +129,32 @@ impl<S: Store> Owner<S> {
             Err(refusal) => return self.refuse(id, refusal),
         };
         let aligned = range.offset % SECTOR_BYTES == 0 && range.len % SECTOR_BYTES == 0;
-        let inside = range.offset.checked_add(range.len).is_some_and(|end| end <= sync.total_bytes);
+        let inside = range
+            .offset
+            .checked_add(range.len)
+            .is_some_and(|end| end <= sync.total_bytes);
         let fits = data.as_ref().is_none_or(|data| data.len() as u64 == range.len);
         if !aligned || !inside || !fits {
-            let message = format!("bytes {}..+{} do not fit the device of {}", range.offset, range.len, sync.total_bytes);
+            let message = format!(
+                "bytes {}..+{} do not fit the device of {}",
+                range.offset, range.len, sync.total_bytes
+            );
             return self.refuse(id, Refusal::Invalid(message));
         }
         self.sync.writing += 1;
         let moved_bytes = data.as_ref().map_or(0, |data| data.len() as u64);
         let extent = match data {
-            Some(data) => Extent::Bytes { offset: range.offset, parts: vec![data] },
+            Some(data) => Extent::Bytes {
+                offset: range.offset,
+                parts: vec![data],
+            },
             None => Extent::Zeros(range),
         };
-        let job = Job::Write { file: self.data.clone(), extents: vec![extent], flush: false };
+        let job = Job::Write {
+            file: self.data.clone(),
+            extents: vec![extent],
+            flush: false,
+        };
         self.job(Purpose::SyncWrite { id, moved_bytes }, job);
     }
 
@@ -130,7 +169,9 @@ impl<S: Store> Owner<S> {
 
     fn copy_failed(&mut self, id: CommandId, error: &io::Error) {
         let message = format!("writing a copy to the data disk: {error}");
-        self.changed |= self.faults.set(Fault::DataDiskFailed { message: message.clone() });
+        self.changed |= self.faults.set(Fault::DataDiskFailed {
+            message: message.clone(),
+        });
         self.refuse(id, Refusal::Io(message));
     }
 
@@ -154,7 +195,9 @@ impl<S: Store> Owner<S> {
     }
 
     pub(super) fn sync_flushed(&mut self, result: io::Result<()>) {
-        let Some((id, after)) = self.sync.flushing.take() else { unreachable!("a flush was under way") };
+        let Some((id, after)) = self.sync.flushing.take() else {
+            unreachable!("a flush was under way")
+        };
         if let Err(error) = result {
             // What was written since the last checkpoint is in doubt: the source of truth is the saved progress.
             return self.copy_failed(id, &error);
