@@ -91,7 +91,7 @@ pub trait LogSource: Send {
 
 impl<S: Store> LogSource for LogReader<S> {
     fn next(&mut self, view: &LogView, max_bytes: u64) -> Result<Next, ReadError> {
-        LogReader::next(self, view, max_bytes)
+        LogReader::next(self, view, view.durable.lsn, max_bytes)
     }
 }
 
@@ -265,7 +265,10 @@ fn summarize<S: Store>(store: &S, view: &LogView, segment: &SegmentView, next: &
     let mut at = segment.start;
     let mut reader = LogReader::open(store.clone(), &part, at).map_err(io::Error::other)?;
     while at.lsn < next.start.lsn {
-        match reader.next(&part, MAX_EXTENT_BYTES).map_err(io::Error::other)? {
+        match reader
+            .next(&part, part.durable.lsn, MAX_EXTENT_BYTES)
+            .map_err(io::Error::other)?
+        {
             Next::Records(chunk) => {
                 chunk.records().iter().for_each(|record| touched.record(&record.header));
                 at = chunk.end();
