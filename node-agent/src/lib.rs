@@ -8,6 +8,8 @@ pub mod frontend;
 pub mod identity;
 pub mod keeper;
 pub mod layout;
+pub mod local_socket;
+pub mod metrics;
 pub mod pool;
 pub mod reconcile;
 pub mod replication;

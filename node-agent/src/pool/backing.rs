@@ -156,6 +156,27 @@ pub struct Backing {
     claim: File,
 }
 
+impl Backing {
+    /// The disk, open for reading and writing; the claim holds until this and the value itself are gone.
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub fn open(&self) -> io::Result<File> {
+        self.claim.try_clone()
+    }
+
+    /// Smallest unit that the disk can write (bytes).
+    #[must_use]
+    pub fn logical_block_bytes(&self) -> u32 {
+        let device = match &self.record {
+            BackingRecord::Device { path, .. } => DevNo::of_block_device(path).ok().flatten(),
+            BackingRecord::File { .. } => None,
+        };
+        let told = device.and_then(DevNo::logical_block_bytes);
+        told.filter(|bytes| *bytes == 4096).unwrap_or(512)
+    }
+}
+
 impl BackingWish {
     fn describe(&self) -> String {
         match self {

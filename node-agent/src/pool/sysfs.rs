@@ -50,6 +50,15 @@ impl DevNo {
         (!text.is_empty()).then(|| text.to_owned())
     }
 
+    /// Logical block size (bytes), also of a partition.
+    #[must_use]
+    pub fn logical_block_bytes(self) -> Option<u32> {
+        let own = self.attribute("queue/logical_block_size");
+        own.or_else(|| self.attribute("../queue/logical_block_size"))?
+            .parse()
+            .ok()
+    }
+
     /// Attributes that stay with the medium over reboots and renumbering, best first; empty when the kernel knows none.
     #[must_use]
     pub fn medium_identity(self) -> Vec<(String, String)> {

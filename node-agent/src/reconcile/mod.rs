@@ -9,12 +9,20 @@
 //! `dataPolicy: Delete`.
 
 pub mod cache;
+pub mod context;
+mod execute;
 pub mod facts;
 pub mod lag;
 pub mod object;
+pub mod opening;
+pub mod peers;
 pub mod plan;
+mod removal;
+pub mod replica;
 pub mod report;
 pub mod sink;
 pub mod source;
 pub mod superblock;
+pub mod supervisor;
 pub mod todo;
+mod writer;

@@ -57,8 +57,6 @@ pub enum Step {
     Resize(u64),
     /// Throw away log and claim of consistency.
     Invalidate(Uuid),
-    /// Believe the data equals the source's.
-    FakeSync(Uuid),
     /// Continue in a new segment.
     Rotate(Uuid),
 }
@@ -97,6 +95,16 @@ impl Plan {
 #[must_use]
 pub fn plan(todo: &Todo, facts: &Facts) -> Plan {
     let mut plan = Plan::default();
+    if todo.deletion.is_some() {
+        if !facts.device_users.is_empty() {
+            let users = facts.device_users.join("; ");
+            plan.wait(
+                "DeviceInUse",
+                format!("the replica is being deleted, but its device is in use: {users}. Stop them"),
+            );
+        }
+        return plan;
+    }
     configure(todo, facts, &mut plan);
     match facts.status.role {
         Role::Primary => while_primary(todo, facts, &mut plan),
@@ -291,7 +299,16 @@ fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         }
     }
     one_shot(todo.one_shots.invalidate, facts.done.invalidate, Step::Invalidate, plan);
-    one_shot(todo.one_shots.fake_sync, facts.done.fake_sync, Step::FakeSync, plan);
+    if todo
+        .one_shots
+        .fake_sync
+        .is_some_and(|id| facts.done.fake_sync != Some(id))
+    {
+        plan.wait(
+            "FakeSync",
+            "waits for a sync that needs a source, to take its data for equal",
+        );
+    }
     one_shot(todo.one_shots.rotate, facts.done.rotate, Step::Rotate, plan);
 }
 

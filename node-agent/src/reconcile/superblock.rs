@@ -196,16 +196,29 @@ impl ReplicaDir {
             Stage::Fresh,
             "only a replica that was never in use is made again"
         );
+        self.clear()?;
+        Ok(sync_dir(&self.path)?)
+    }
+
+    /// Removes everything but the identity file.
+    fn clear(&self) -> Result<(), LayoutError> {
         for entry in fs::read_dir(&self.path)
             .map_err(io_error("list", &self.path))?
             .flatten()
         {
-            if entry.file_name() != FILE {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            if entry.file_name() == FILE {
+                continue;
             }
+            let path = entry.path();
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let removed = if is_dir {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+            removed.map_err(io_error("remove", &path))?;
         }
-        Ok(sync_dir(&self.path)?)
+        Ok(())
     }
 
     /// Removes the whole directory, for a deletion that was ordered. The identity file goes last, so that an interrupted
@@ -214,15 +227,7 @@ impl ReplicaDir {
     /// # Errors
     /// A file cannot be removed; try again.
     pub fn remove(self) -> Result<(), SuperblockError> {
-        for entry in fs::read_dir(&self.path)
-            .map_err(io_error("list", &self.path))?
-            .flatten()
-        {
-            if entry.file_name() != FILE {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(io_error("remove", &path))?;
-            }
-        }
+        self.clear()?;
         sync_dir(&self.path)?;
         fs::remove_file(self.path.join(FILE)).map_err(io_error("remove", &self.path))?;
         fs::remove_dir(&self.path).map_err(io_error("remove", &self.path))?;
@@ -389,7 +394,8 @@ mod tests {
     fn a62_a_removal_takes_the_identity_last() {
         let root = tempfile::tempdir().unwrap();
         let opened = open(root.path(), belongs(), false).unwrap();
-        fs::write(opened.path.join("slot-0"), b"x").unwrap();
+        fs::create_dir(opened.path.join("log")).unwrap();
+        fs::write(opened.path.join("log").join("log-000000001-00000001"), b"x").unwrap();
         opened.remove().unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }

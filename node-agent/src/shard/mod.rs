@@ -15,6 +15,7 @@
 pub mod engine;
 mod handle;
 pub(crate) mod host;
+pub mod owned;
 pub mod plain;
 mod pool;
 pub(crate) mod thread;

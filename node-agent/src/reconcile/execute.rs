@@ -1,0 +1,254 @@
+//! Carries out a plan, step by step, in its order.
+//!
+//! Invariant: a step that fails ends the round with its own words in the report; nothing behind it is tried on a wrong footing.
+
+use super::facts::RefusedPromote;
+use super::opening;
+use super::plan::{Plan, Step};
+use super::replica::{ReplicaTask, Running};
+use super::report::Problem;
+use super::todo::Todo;
+use crate::pool::backing;
+use crate::shard::AttachParams;
+use mars_engine::api::{Command, DataState, Refusal, Role};
+use mars_engine::lineage::Cause;
+use mars_engine::types::Designation;
+use std::time::Duration;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+/// Making a device waits for the keeper and the kernel; beyond this somebody has to look.
+const ATTACH_LIMIT: Duration = Duration::from_secs(90);
+
+pub(super) type Outcome = Result<(), Problem>;
+
+fn problem(reason: &'static str, error: &impl std::fmt::Display) -> Problem {
+    Problem {
+        reason,
+        message: error.to_string(),
+    }
+}
+
+impl ReplicaTask {
+    /// Carries out the steps; true when at least one was done. A failure is left in `running.failed`.
+    pub(super) async fn execute(&self, todo: &Todo, plan: &Plan, running: &mut Running) -> bool {
+        let mut progress = false;
+        for step in &plan.steps {
+            let outcome = self.step(todo, step, running).await;
+            match outcome {
+                Ok(()) => {
+                    info!(replica = todo.name, ?step, "done");
+                    progress = true;
+                    running.failed = None;
+                }
+                Err(failed) => {
+                    if running.failed.as_ref() != Some(&failed) {
+                        warn!(replica = todo.name, ?step, "not done: {}", failed.message);
+                    }
+                    running.failed = Some(failed);
+                    return progress;
+                }
+            }
+        }
+        if plan.steps.is_empty() {
+            running.failed = None;
+        }
+        progress
+    }
+
+    async fn step(&self, todo: &Todo, step: &Step, running: &mut Running) -> Outcome {
+        match step {
+            Step::SetMembers(members) => command(running, Command::SetMembers(members.clone())).await,
+            Step::SetSwitches(switches) => command(running, Command::SetSwitches(switches.clone())).await,
+            Step::SetTuning(tuning) => {
+                command(running, Command::SetTuning(*tuning)).await?;
+                running.tuning = Some(*tuning);
+                Ok(())
+            }
+            Step::Observe(designation) => {
+                command(
+                    running,
+                    Command::Observe {
+                        designation: *designation,
+                    },
+                )
+                .await
+            }
+            Step::Resume(designation) => {
+                command(
+                    running,
+                    Command::Resume {
+                        designation: *designation,
+                    },
+                )
+                .await?;
+                note_primary(running, *designation)
+            }
+            Step::Promote { designation, cause } => promote(running, *designation, *cause).await,
+            Step::RefusePromote { designation, reason } => remember(running, |done| {
+                done.refused_promote = Some(RefusedPromote {
+                    designation: *designation,
+                    reason: reason.clone(),
+                });
+            }),
+            Step::Attach => self.attach(todo, running).await,
+            Step::Detach => running
+                .handle
+                .detach()
+                .await
+                .map_err(|error| problem("DetachFailed", &error)),
+            Step::Close { designation, to } => {
+                command(
+                    running,
+                    Command::Close {
+                        designation: *designation,
+                        to: *to,
+                    },
+                )
+                .await
+            }
+            Step::StepDown(designation) => {
+                command(
+                    running,
+                    Command::StepDown {
+                        designation: *designation,
+                    },
+                )
+                .await
+            }
+            Step::GrowDisk(size_bytes) => grow_disk(running, *size_bytes).await,
+            Step::Resize(size_bytes) => {
+                command(
+                    running,
+                    Command::Resize {
+                        size_bytes: *size_bytes,
+                    },
+                )
+                .await
+            }
+            Step::Invalidate(id) => {
+                command(running, Command::Invalidate).await?;
+                remember(running, |done| done.invalidate = Some(*id))
+            }
+            Step::Rotate(id) => {
+                command(running, Command::Rotate).await?;
+                remember(running, |done| done.rotate = Some(*id))
+            }
+        }
+    }
+
+    async fn attach(&self, todo: &Todo, running: &Running) -> Outcome {
+        let params = AttachParams {
+            name: todo.resource.parse().map_err(|error| problem("AttachFailed", &error))?,
+            replica: todo.replica,
+            frontend: self.node.frontend,
+            durability: todo.tuning.durability,
+            logical_block_bytes: running.backing.logical_block_bytes(),
+        };
+        match tokio::time::timeout(ATTACH_LIMIT, running.handle.attach(params)).await {
+            Ok(Ok(device)) => {
+                info!(replica = todo.name, device = %device.node.display(), link = %device.link.display(), "device is ready");
+                Ok(())
+            }
+            Ok(Err(error)) => Err(problem("AttachFailed", &error)),
+            Err(_) => {
+                let message = format!(
+                    "the device was not made within {} s: look at the log of the device keeper",
+                    ATTACH_LIMIT.as_secs()
+                );
+                Err(Problem {
+                    reason: "AttachFailed",
+                    message,
+                })
+            }
+        }
+    }
+
+    /// An acknowledged failover without the API server: one more than the highest number known.
+    pub(super) async fn failover(&self, running: &mut Running) -> Result<Designation, String> {
+        let order = self.order();
+        let status = running.handle.status().borrow().clone();
+        if status.role == Role::Primary {
+            return Err("this replica is primary already".into());
+        }
+        if status.role != Role::Secondary {
+            return Err(format!(
+                "this replica is changing its role ({:?}): ask again in a moment",
+                status.role
+            ));
+        }
+        if status.data != DataState::Consistent {
+            return Err(format!(
+                "the data here is not consistent ({:?}): fail over to another member",
+                status.data
+            ));
+        }
+        let highest = running.highest_designation(&order.todo);
+        let designation = Designation {
+            number: highest + 1,
+            id: Uuid::new_v4(),
+        };
+        warn!(
+            replica = order.todo.name,
+            number = designation.number,
+            "failover by local command"
+        );
+        promote(running, designation, Cause::Failover)
+            .await
+            .map_err(|failed| failed.message)?;
+        Ok(designation)
+    }
+}
+
+async fn command(running: &Running, command: Command) -> Outcome {
+    running
+        .handle
+        .command(command)
+        .await
+        .map(drop)
+        .map_err(|refusal| problem(word(&refusal), &refusal))
+}
+
+/// A refusal in one word.
+fn word(refusal: &Refusal) -> &'static str {
+    match refusal {
+        Refusal::StaleDesignation { .. } => "StaleDesignation",
+        Refusal::WrongRole { .. } => "WrongRole",
+        Refusal::Inconsistent { .. } => "NotConsistent",
+        Refusal::NotContinuing { .. } => "NotContinuing",
+        Refusal::Closed { .. } => "Closed",
+        Refusal::Invalid(_) => "Invalid",
+        Refusal::Io(_) => "EngineFailed",
+    }
+}
+
+async fn promote(running: &mut Running, designation: Designation, cause: Cause) -> Outcome {
+    command(running, Command::Promote { designation, cause }).await?;
+    note_primary(running, designation)
+}
+
+/// Remembers under which designation this replica is primary; the engine has persisted the role itself.
+fn note_primary(running: &mut Running, designation: Designation) -> Outcome {
+    if running.done.primary_under == Some(designation) {
+        return Ok(());
+    }
+    remember(running, |done| done.primary_under = Some(designation))
+}
+
+pub(super) fn remember(running: &mut Running, change: impl FnOnce(&mut super::facts::Done)) -> Outcome {
+    let mut done = running.done.clone();
+    change(&mut done);
+    opening::write_done(&running.dir.path, &done).map_err(|error| problem("StateFailed", &error))?;
+    running.done = done;
+    Ok(())
+}
+
+async fn grow_disk(running: &mut Running, size_bytes: u64) -> Outcome {
+    // Allocating a file may take long, but this replica's round has nothing else to do; the data path goes on.
+    let grown = tokio::task::block_in_place(|| backing::grow(&mut running.backing, size_bytes));
+    grown.map_err(|error| problem("DiskTooSmall", &error))?;
+    let updated = running
+        .dir
+        .update(|superblock| superblock.size_bytes = superblock.size_bytes.max(size_bytes));
+    updated.map_err(|error| problem("StateFailed", &error))
+}

@@ -1,0 +1,183 @@
+//! The line between reconciling and replication: what is wished goes one way, what members say comes back.
+//!
+//! Invariant: both directions are newest-value channels, so neither side ever waits for the other.
+
+use super::facts::{Evidence, PeerFacts};
+use super::report::Contact;
+use super::todo::{Grant, GrantCause, Limits, PeerTodo, Todo};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use mars_engine::api::Compression;
+use mars_engine::replication::fetch::{Member, Wish};
+use mars_engine::types::{Designation, Lsn, ReplicaId};
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// What replication shall do for one replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FollowOrder {
+    /// Whose history to follow, and how far.
+    pub wish: Wish,
+    /// All other members.
+    pub peers: Vec<PeerTodo>,
+    /// Rate limits.
+    pub limits: Limits,
+    /// How transfers may be compressed.
+    pub compression: Compression,
+    /// Take the source's data for equal instead of comparing; repeated in [`PeersNow`] when done.
+    pub fake_sync: Option<Uuid>,
+}
+
+impl FollowOrder {
+    /// From the spec, and the newest designation known (which may come from elsewhere).
+    #[must_use]
+    pub fn new(todo: &Todo, known: Designation) -> FollowOrder {
+        let ordered = todo
+            .grant
+            .designation()
+            .filter(|ordered| ordered.number >= known.number);
+        let mut wish = Wish {
+            designation: ordered.unwrap_or(known),
+            ..Wish::default()
+        };
+        // What the spec says about roles counts only while it is the newest word.
+        if ordered.is_some() {
+            match todo.grant {
+                Grant::Primary { cause, .. } => {
+                    wish.designated = Some(todo.replica);
+                    if let GrantCause::Handover { end } = cause {
+                        wish.handover = true;
+                        wish.handover_end = end;
+                    }
+                }
+                Grant::Secondary {
+                    close_for: Some(to), ..
+                } => {
+                    wish.designated = to;
+                    wish.handover = true;
+                }
+                Grant::Secondary { close_for: None, .. } => {}
+            }
+        }
+        FollowOrder {
+            wish,
+            peers: todo.peers.clone(),
+            limits: todo.limits,
+            compression: todo.tuning.compression,
+            fake_sync: todo.one_shots.fake_sync,
+        }
+    }
+}
+
+/// A member as replication knows it.
+#[derive(Debug, Clone)]
+pub struct PeerView {
+    /// What the engine's decisions look at.
+    pub member: Member,
+    /// When it last answered in this life of the agent.
+    pub last_contact: Option<SystemTime>,
+}
+
+/// What replication knows about one replica's surroundings.
+#[derive(Debug, Clone, Default)]
+pub struct PeersNow {
+    /// All other members.
+    pub peers: Vec<PeerView>,
+    /// From whom log is being fetched.
+    pub fetch_source: Option<ReplicaId>,
+    /// From whom data is being copied.
+    pub sync_source: Option<ReplicaId>,
+    /// Durable end of the history that is followed, as far as heard, and when.
+    pub leader_end: Option<(Lsn, SystemTime)>,
+    /// Why nothing is fetched or copied, in words; empty when something is, or nothing needs to be.
+    pub waits: String,
+    /// The last `fakeSync` that was carried out.
+    pub fake_synced: Option<Uuid>,
+}
+
+/// The reconciler's end of the line.
+#[derive(Debug)]
+pub struct Line {
+    /// To replication.
+    pub order: watch::Sender<Arc<FollowOrder>>,
+    /// From replication.
+    pub now: watch::Receiver<Arc<PeersNow>>,
+}
+
+/// Replication's end of the line.
+#[derive(Debug)]
+pub struct LineEnd {
+    /// From the reconciler.
+    pub order: watch::Receiver<Arc<FollowOrder>>,
+    /// To the reconciler.
+    pub now: watch::Sender<Arc<PeersNow>>,
+}
+
+/// Makes a line.
+#[must_use]
+pub fn line(order: FollowOrder) -> (Line, LineEnd) {
+    let (order_to, order_from) = watch::channel(Arc::new(order));
+    let (now_to, now_from) = watch::channel(Arc::new(PeersNow::default()));
+    (
+        Line {
+            order: order_to,
+            now: now_from,
+        },
+        LineEnd {
+            order: order_from,
+            now: now_to,
+        },
+    )
+}
+
+fn node_of(todo: &Todo, replica: ReplicaId) -> String {
+    let peer = todo.peers.iter().find(|peer| peer.replica == replica);
+    peer.map_or_else(|| replica.to_string(), |peer| peer.node.clone())
+}
+
+/// What the plan wants to know of the members.
+#[must_use]
+pub fn peer_facts(todo: &Todo, now: &PeersNow) -> Vec<PeerFacts> {
+    let facts = |view: &PeerView| PeerFacts {
+        replica: view.member.replica,
+        node: node_of(todo, view.member.replica),
+        designation: view.member.status.as_ref().map(|status| status.designation),
+        role: view.member.status.as_ref().map(|status| status.role),
+    };
+    now.peers.iter().map(facts).collect()
+}
+
+/// Which members have not said anything yet.
+#[must_use]
+pub fn evidence(todo: &Todo, now: &PeersNow, from_api: bool, asked_long_enough: bool) -> Evidence {
+    let answered = |replica: ReplicaId| {
+        now.peers
+            .iter()
+            .any(|view| view.member.replica == replica && view.member.status.is_some())
+    };
+    let silent = todo.peers.iter().filter(|peer| !answered(peer.replica));
+    Evidence {
+        from_api,
+        unanswered: silent.map(|peer| peer.node.clone()).collect(),
+        asked_long_enough,
+    }
+}
+
+/// Contacts for the report.
+#[must_use]
+pub fn contacts(todo: &Todo, now: &PeersNow) -> Vec<Contact> {
+    let contact = |peer: &PeerTodo| {
+        let view = now.peers.iter().find(|view| view.member.replica == peer.replica);
+        Contact {
+            replica: peer.replica,
+            node: peer.node.clone(),
+            connected: view.is_some_and(|view| view.member.reachable),
+            last_contact: view
+                .and_then(|view| view.last_contact)
+                .and_then(|at| jiff::Timestamp::try_from(at).ok())
+                .map(Time),
+        }
+    };
+    todo.peers.iter().map(contact).collect()
+}

@@ -1,0 +1,546 @@
+//! One replica's task: bring it up, then observe, plan, execute and report for as long as it lives here.
+//!
+//! Invariants: the task is the only one that gives role orders to its engine; it never holds up the data path, whatever the
+//! API server or a peer does; it ends only when the agent stops or when its deletion has been carried out.
+
+use super::context::{LocalReplica, Membership, NodeContext, Rates, ReplicaView};
+use super::execute::remember;
+use super::facts::{Done, Facts};
+use super::lag::{LagMeter, RateMeter};
+use super::opening::{self, Opened};
+use super::peers::{self, FollowOrder, Line, PeersNow};
+use super::plan::{Plan, plan};
+use super::report::{Problem, Surroundings, report, report_problem};
+use super::superblock::ReplicaDir;
+use super::todo::{Grant, Todo};
+use super::writer;
+use crate::frontend::{DeviceUser, users};
+use crate::pool::backing::Backing;
+use crate::shard::ReplicaHandle;
+use crate::shard::owned::OwnedEngine;
+use mars_crds::MarsReplicaStatus;
+use mars_engine::api::{ReplicaStatus, Role, Tuning};
+use mars_engine::types::Designation;
+use rand::Rng;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+/// Between two rounds when nothing happens.
+const TICK: Duration = Duration::from_secs(1);
+/// After a change: many changes of one moment make one round.
+const SETTLE: Duration = Duration::from_millis(30);
+/// How often users of the device are looked for while nobody waits for them to go, and while somebody does.
+const USERS_IDLE: Duration = Duration::from_secs(10);
+const USERS_WANTED: Duration = Duration::from_millis(500);
+/// Longest pause after failures.
+const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// What the supervisor wants of a task; newest value only.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The spec.
+    pub todo: Arc<Todo>,
+    /// Read from the source by this process, not from the cache.
+    pub from_api: bool,
+    /// Given up by `ForgetNode` while this node was away.
+    pub forgotten: bool,
+    /// Why the newest object could not be followed, if so.
+    pub invalid: Option<String>,
+}
+
+/// Something a person asks of a replica, over the local socket.
+#[derive(Debug)]
+pub enum Ask {
+    /// Become primary without the API server.
+    Failover(oneshot::Sender<Result<Designation, String>>),
+}
+
+/// The supervisor's end of a task.
+#[derive(Debug, Clone)]
+pub struct ReplicaControl {
+    /// Orders.
+    pub order: watch::Sender<Order>,
+    /// Questions.
+    pub ask: mpsc::Sender<Ask>,
+}
+
+/// Why a task stopped serving.
+enum Ended {
+    /// The agent stops.
+    Stopped,
+    /// The replica has to go.
+    Delete,
+    /// The replica was forgotten.
+    Quarantine,
+}
+
+pub(super) struct ReplicaTask {
+    pub(super) node: Arc<NodeContext>,
+    pub(super) orders: watch::Receiver<Order>,
+    asks: mpsc::Receiver<Ask>,
+    pub(super) status: watch::Sender<Arc<MarsReplicaStatus>>,
+    began: Instant,
+}
+
+/// An open replica.
+pub(super) struct Running {
+    pub(super) dir: ReplicaDir,
+    pub(super) backing: Backing,
+    pub(super) handle: ReplicaHandle,
+    pub(super) done: Done,
+    pub(super) tuning: Option<Tuning>,
+    line: Line,
+    membership: Membership,
+    engine: watch::Receiver<Arc<ReplicaStatus>>,
+    users: Vec<DeviceUser>,
+    users_seen: Option<Instant>,
+    lag: LagMeter,
+    rates: [RateMeter; 3],
+    pub(super) failed: Option<Problem>,
+    failures: u32,
+}
+
+/// Starts the task of a replica. It ends when the agent stops or the replica is gone; then the channel closes.
+pub fn start(node: Arc<NodeContext>, order: Order, tracker: &tokio_util::task::TaskTracker) -> ReplicaControl {
+    let (order_to, orders) = watch::channel(order);
+    let (ask_to, asks) = mpsc::channel(4);
+    let (status, reports) = watch::channel(Arc::new(MarsReplicaStatus::default()));
+    let name = orders.borrow().todo.name.clone();
+    let sink = node.sink.clone();
+    let task = ReplicaTask {
+        node,
+        orders,
+        asks,
+        status,
+        began: Instant::now(),
+    };
+    tracker.spawn(async move { task.run().await });
+    tracker.spawn(async move {
+        let mut reports = reports;
+        // Nothing is known before the first report.
+        if reports.changed().await.is_ok() {
+            writer::run(sink, name, reports).await;
+        }
+    });
+    ReplicaControl {
+        order: order_to,
+        ask: ask_to,
+    }
+}
+
+impl ReplicaTask {
+    pub(super) fn order(&self) -> Order {
+        self.orders.borrow().clone()
+    }
+
+    async fn run(mut self) {
+        loop {
+            let ended = match self.bring_up().await {
+                Ok(opened) => self.serve(opened).await,
+                Err(ended) => ended,
+            };
+            match ended {
+                Ended::Stopped => return,
+                Ended::Delete => {
+                    self.remove().await;
+                    return;
+                }
+                Ended::Quarantine => {
+                    if !self.quarantined().await {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tries until the replica is open, or not wanted any more.
+    async fn bring_up(&mut self) -> Result<Running, Ended> {
+        let mut failures = 0;
+        loop {
+            let order = self.orders.borrow_and_update().clone();
+            if order.todo.deletion.is_some() {
+                return Err(Ended::Delete);
+            }
+            if order.forgotten {
+                return Err(Ended::Quarantine);
+            }
+            let (node, todo) = (self.node.clone(), order.todo.clone());
+            let opened = tokio::task::spawn_blocking(move || opening::open(&node, &todo)).await;
+            let problem = match opened {
+                Ok(Ok(opened)) => match self.start_engine(opened, &order.todo) {
+                    Ok(running) => return Ok(running),
+                    Err(problem) => problem,
+                },
+                Ok(Err(error)) => error.problem(),
+                Err(panic) => Problem {
+                    reason: "Failed",
+                    message: format!("opening the replica failed: {panic}"),
+                },
+            };
+            if failures == 0 {
+                warn!(
+                    replica = order.todo.name,
+                    reason = problem.reason,
+                    "{}",
+                    problem.message
+                );
+            }
+            self.say_problem(&problem, &order);
+            failures += 1;
+            if self.pause(failures).await.is_err() {
+                return Err(Ended::Stopped);
+            }
+        }
+    }
+
+    fn start_engine(&self, opened: Opened, todo: &Todo) -> Result<Running, Problem> {
+        let Opened {
+            dir,
+            backing,
+            store,
+            owner,
+            done,
+        } = opened;
+        let failed = |error: std::io::Error| Problem {
+            reason: "Failed",
+            message: format!("no thread for the engine: {error}"),
+        };
+        let handle = self
+            .node
+            .runtime
+            .add(&todo.name, Box::new(OwnedEngine::new(owner)))
+            .map_err(failed)?;
+        let engine = handle.status();
+        let known = engine.borrow().designation;
+        let (line, end) = peers::line(FollowOrder::new(todo, known));
+        let local = LocalReplica {
+            name: todo.resource.clone(),
+            resource: todo.resource_id,
+            replica: todo.replica,
+            handle: handle.clone(),
+            store,
+        };
+        let membership = self.node.replication.join(local, end);
+        info!(replica = todo.name, data = %backing.path.display(), "replica is open");
+        Ok(Running {
+            dir,
+            backing,
+            handle,
+            done,
+            tuning: None,
+            line,
+            membership,
+            engine,
+            users: Vec::new(),
+            users_seen: None,
+            lag: LagMeter::default(),
+            rates: Default::default(),
+            failed: None,
+            failures: 0,
+        })
+    }
+
+    /// Waits longer after each failure; a new order ends the wait. `Err`: the agent stops.
+    pub(super) async fn pause(&mut self, failures: u32) -> Result<(), ()> {
+        let longest = TICK.saturating_mul(1 << failures.min(8)).min(RETRY_MAX);
+        let pause = longest.mul_f64(rand::rng().random_range(0.5..1.0));
+        tokio::select! {
+            () = self.node.stop.cancelled() => Err(()),
+            () = tokio::time::sleep(pause) => Ok(()),
+            changed = self.orders.changed() => changed.map_err(drop),
+            ask = self.asks.recv() => {
+                if let Some(Ask::Failover(answer)) = ask {
+                    // The asker may have gone; then nobody needs the answer.
+                    let _ = answer.send(Err("this replica is not open: see `mars-node-agent status`".into()));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn serve(&mut self, mut running: Running) -> Ended {
+        loop {
+            let order = self.orders.borrow_and_update().clone();
+            if let Some(ended) = self.leaving(&order, &mut running).await {
+                return ended;
+            }
+            let facts = self.observe(&order, &mut running).await;
+            let plan = plan(&order.todo, &facts);
+            let progress = self.execute(&order.todo, &plan, &mut running).await;
+            let facts = self.observe(&order, &mut running).await;
+            self.say(&order, &facts, &plan, &mut running);
+            running.failures = if running.failed.is_some() {
+                running.failures + 1
+            } else {
+                0
+            };
+            if progress && running.failed.is_none() {
+                continue;
+            }
+            if self.wait(&mut running).await.is_err() {
+                // A device is left to the next agent.
+                running.end(&order.todo.name).await;
+                return Ended::Stopped;
+            }
+        }
+    }
+
+    /// Whether the replica has to end here, and did: its device is gone then, its engine stopped.
+    async fn leaving(&mut self, order: &Order, running: &mut Running) -> Option<Ended> {
+        let ended = match (order.todo.deletion, order.forgotten) {
+            (Some(_), _) => Ended::Delete,
+            (None, true) => Ended::Quarantine,
+            (None, false) => return None,
+        };
+        running.refresh_users(Duration::ZERO).await;
+        if !running.users.is_empty() {
+            return None;
+        }
+        if let Err(error) = running.handle.detach().await {
+            let message = format!("the replica cannot end yet: {error}");
+            running.failed = Some(Problem {
+                reason: "DetachFailed",
+                message,
+            });
+            return None;
+        }
+        running.end(&order.todo.name).await;
+        Some(ended)
+    }
+
+    async fn observe(&self, order: &Order, running: &mut Running) -> Facts {
+        let todo = &order.todo;
+        let wanted = match todo.grant {
+            Grant::Secondary { .. } => true,
+            Grant::Primary { .. } => !todo.attach,
+        };
+        running
+            .refresh_users(if wanted { USERS_WANTED } else { USERS_IDLE })
+            .await;
+        let status = running.engine.borrow_and_update().clone();
+        let peers = running.line.now.borrow_and_update().clone();
+        if peers.fake_synced.is_some() && peers.fake_synced != running.done.fake_sync {
+            if let Err(failed) = remember(running, |done| done.fake_sync = peers.fake_synced) {
+                running.failed = Some(failed);
+            }
+        }
+        running.follow(todo, &status, &peers);
+        Facts {
+            tuning: running.tuning,
+            disk_bytes: running.backing.size_bytes,
+            has_device: running.handle.device().borrow().is_some(),
+            device_users: running.users.iter().map(ToString::to_string).collect(),
+            peers: peers::peer_facts(todo, &peers),
+            evidence: peers::evidence(
+                todo,
+                &peers,
+                order.from_api,
+                self.began.elapsed() >= self.node.resume_ask,
+            ),
+            done: running.done.clone(),
+            status,
+        }
+    }
+
+    fn say(&self, order: &Order, facts: &Facts, plan: &Plan, running: &mut Running) {
+        let now = Instant::now();
+        let peers = running.line.now.borrow().clone();
+        if let Some((end, wall)) = peers.leader_end {
+            running.lag.primary_at(end, now, wall);
+        }
+        let status = &facts.status;
+        let around = Surroundings {
+            boot_id: self.node.boot.0,
+            node: self.node.node.0,
+            generation: order.todo.generation,
+            device: running.handle.device().borrow().clone(),
+            users: running.users.clone(),
+            contacts: peers::contacts(&order.todo, &peers),
+            lag: running
+                .lag
+                .lag(status.durable.lsn)
+                .filter(|_| status.role == Role::Secondary),
+            sync_source: peers.sync_source,
+            failed: running.failed.clone(),
+            invalid_spec: order.invalid.clone(),
+        };
+        let report = report(facts, plan, &around, &self.status.borrow().conditions);
+        let [log, apply, sync] = &mut running.rates;
+        let rates = Rates {
+            log: log.at(status.durable.lsn.0, now),
+            apply: apply.at(status.applied.lsn.0, now),
+            sync: sync.at(status.sync.map_or(0, |sync| sync.done_bytes), now),
+        };
+        self.show(order, report, |view| {
+            view.rates = rates;
+            view.overlay_bytes = status.overlay_bytes;
+            view.log_bytes = status.log_bytes;
+            view.replication_waits.clone_from(&peers.waits);
+        });
+    }
+
+    /// Reports that there is no engine, and why.
+    pub(super) fn say_problem(&self, problem: &Problem, order: &Order) {
+        let around = Surroundings {
+            boot_id: self.node.boot.0,
+            node: self.node.node.0,
+            generation: order.todo.generation,
+            device: None,
+            users: Vec::new(),
+            contacts: Vec::new(),
+            lag: None,
+            sync_source: None,
+            failed: None,
+            invalid_spec: order.invalid.clone(),
+        };
+        let report = report_problem(problem, &around, &self.status.borrow());
+        self.show(order, report, |_| {});
+    }
+
+    fn show(&self, order: &Order, report: MarsReplicaStatus, more: impl FnOnce(&mut ReplicaView)) {
+        let todo = &order.todo;
+        let mut view = ReplicaView {
+            resource: todo.resource.clone(),
+            resource_uuid: todo.resource_id.0,
+            replica_uuid: todo.replica.0,
+            wish: match todo.grant {
+                Grant::Primary { .. } => "Primary",
+                Grant::Secondary { .. } => "Secondary",
+            },
+            status: report.clone(),
+            rates: Rates::default(),
+            overlay_bytes: 0,
+            log_bytes: 0,
+            replication_waits: String::new(),
+        };
+        more(&mut view);
+        self.node.views.send_modify(|views| {
+            views.insert(todo.replica, Arc::new(view));
+        });
+        if **self.status.borrow() != report {
+            self.status.send_replace(Arc::new(report));
+        }
+    }
+
+    /// Until something has changed, or it is time to look again. `Err`: the agent stops.
+    async fn wait(&mut self, running: &mut Running) -> Result<(), ()> {
+        if running.failures > 0 {
+            return self.pause(running.failures).await;
+        }
+        tokio::select! {
+            () = self.node.stop.cancelled() => return Err(()),
+            changed = self.orders.changed() => return changed.map_err(drop),
+            ask = self.asks.recv() => {
+                if let Some(Ask::Failover(answer)) = ask {
+                    let result = self.failover(running).await;
+                    // The asker may have gone; the role is taken nevertheless.
+                    let _ = answer.send(result);
+                }
+                return Ok(());
+            }
+            changed = running.engine.changed() => {
+                if changed.is_err() {
+                    // Its engine has stopped after a failed assertion: looked at once per tick until the agent is restarted.
+                    let message = "the engine has stopped; its device pauses. Look at the agent's log, then restart the agent".into();
+                    running.failed = Some(Problem { reason: "EngineStopped", message });
+                    tokio::time::sleep(TICK).await;
+                }
+            }
+            changed = running.line.now.changed() => {
+                if changed.is_err() {
+                    tokio::time::sleep(TICK).await;
+                }
+            }
+            () = tokio::time::sleep(TICK) => return Ok(()),
+        }
+        tokio::time::sleep(SETTLE).await;
+        Ok(())
+    }
+
+    /// Waits as a quarantined replica; true when it is wanted again.
+    async fn quarantined(&mut self) -> bool {
+        let problem = Problem {
+            reason: "Quarantined",
+            message:
+                "this replica was given up while its node was away: its data is kept, not announced and not used. \
+                      Remove it from MarsNode.spec.forgotten to take it back, or delete its directory by hand"
+                    .into(),
+        };
+        loop {
+            let order = self.orders.borrow_and_update().clone();
+            if !order.forgotten {
+                return true;
+            }
+            self.say_problem(&problem, &order);
+            if self.pause(8).await.is_err() {
+                return false;
+            }
+        }
+    }
+}
+
+impl Running {
+    /// The highest designation number known to anybody here.
+    pub(super) fn highest_designation(&self, todo: &Todo) -> u64 {
+        let peers = self.line.now.borrow().clone();
+        let heard = peers
+            .peers
+            .iter()
+            .filter_map(|view| Some(view.member.status.as_ref()?.designation.number));
+        let own = self.engine.borrow().designation.number;
+        heard
+            .chain([own])
+            .chain(todo.grant.designation().map(|ordered| ordered.number))
+            .max()
+            .unwrap_or(own)
+    }
+
+    /// Leaves the other members and lets the engine save everything.
+    async fn end(&mut self, name: &str) {
+        drop(std::mem::replace(&mut self.membership, Box::new(())));
+        if let Err(error) = self.handle.shutdown().await {
+            warn!(replica = name, %error, "the engine could not save everything at the end");
+        }
+    }
+
+    /// Looks for users of the device when the last look is older than `age`.
+    async fn refresh_users(&mut self, age: Duration) {
+        let device = self.handle.device().borrow().clone();
+        let Some(device) = device else {
+            self.users.clear();
+            self.users_seen = None;
+            return;
+        };
+        if self.users_seen.is_some_and(|seen| seen.elapsed() < age) {
+            return;
+        }
+        // A panic while looking leaves the last answer, which errs on the side of "in use".
+        if let Ok(users) = tokio::task::spawn_blocking(move || users::of(&device)).await {
+            self.users = users;
+            self.users_seen = Some(Instant::now());
+        }
+    }
+
+    /// Tells replication what to follow.
+    fn follow(&self, todo: &Todo, status: &ReplicaStatus, peers: &PeersNow) {
+        let heard = peers
+            .peers
+            .iter()
+            .filter_map(|view| Some(view.member.status.as_ref()?.designation));
+        let known = heard
+            .chain([status.designation])
+            .max_by_key(|designation| designation.number)
+            .unwrap_or_default();
+        let order = FollowOrder::new(todo, known);
+        self.line.order.send_if_modified(|current| {
+            let changed = **current != order;
+            if changed {
+                *current = Arc::new(order);
+            }
+            changed
+        });
+    }
+}

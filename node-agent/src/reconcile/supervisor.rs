@@ -1,0 +1,259 @@
+//! All replicas of a node: starts a task for each that is known, and passes on what the source says.
+//!
+//! Invariants: a replica known from the cache runs before, and without, any word of the API server; an object that is
+//! older than the one acted upon, or that vanishes, changes nothing (P12).
+
+use super::context::NodeContext;
+use super::object::{InvalidObject, to_todo};
+use super::replica::{self, Ask, Order, ReplicaControl};
+use super::source::Update;
+use super::superblock;
+use crate::layout::{LayoutError, io_error};
+use mars_crds::MarsReplica;
+use mars_crds::node::{Forgotten, FoundReplica};
+use mars_engine::types::{Designation, ReplicaId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+/// A request to the supervisor.
+#[derive(Debug)]
+pub enum Request {
+    /// An acknowledged failover from the local socket.
+    Failover {
+        /// Name of the resource.
+        resource: String,
+        /// Its uuid, as the person gave it.
+        acknowledge: Uuid,
+        /// Who wants to know.
+        answer: oneshot::Sender<Result<Designation, String>>,
+    },
+    /// The list of replicas given up while this node was away.
+    Forgotten(Vec<Forgotten>),
+}
+
+/// One replica.
+struct Entry {
+    object: MarsReplica,
+    control: ReplicaControl,
+}
+
+/// See the module.
+pub struct Supervisor {
+    node: Arc<NodeContext>,
+    tracker: TaskTracker,
+    replicas: BTreeMap<ReplicaId, Entry>,
+    forgotten: Vec<Forgotten>,
+}
+
+impl Supervisor {
+    /// Starts everything that the cache knows.
+    ///
+    /// # Errors
+    /// The cache cannot be read at all.
+    pub fn start(node: Arc<NodeContext>, tracker: TaskTracker) -> Result<Supervisor, LayoutError> {
+        let (objects, problems) = node.cache.load()?;
+        for problem in problems {
+            warn!("a cached spec is not used: {problem}; its replica starts when the API server tells it");
+        }
+        let mut supervisor = Supervisor {
+            node,
+            tracker,
+            replicas: BTreeMap::new(),
+            forgotten: Vec::new(),
+        };
+        for object in objects {
+            info!(replica = object.metadata.name, "known from the cache");
+            supervisor.see(object, false);
+        }
+        Ok(supervisor)
+    }
+
+    /// Follows source and requests until the agent stops.
+    pub async fn run(mut self, mut updates: mpsc::Receiver<Update>, mut requests: mpsc::Receiver<Request>) {
+        let stop = self.node.stop.clone();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some(update) = updates.recv() => self.update(update),
+                Some(request) = requests.recv() => self.request(request),
+                else => return,
+            }
+        }
+    }
+
+    fn update(&mut self, update: Update) {
+        match update {
+            Update::Seen(object) => self.see(*object, true),
+            Update::Vanished(name) => {
+                info!(
+                    replica = name,
+                    "its MarsReplica is gone: nothing changes here until a deletion is seen"
+                );
+            }
+            Update::Listed => debug!("the list of replicas has been read"),
+            Update::Trouble(trouble) => warn!("{trouble}"),
+        }
+    }
+
+    /// Takes over an object, unless it is older than the one acted upon.
+    fn see(&mut self, object: MarsReplica, from_api: bool) {
+        let replica = ReplicaId(object.spec.replica_uuid);
+        let todo = to_todo(&object, self.node.tuning);
+        self.replicas.retain(|_, entry| !entry.control.order.is_closed());
+        let Some(entry) = self.replicas.get_mut(&replica) else {
+            return self.begin(replica, object, todo, from_api);
+        };
+        if is_older(&object, &entry.object) {
+            debug!(
+                replica = object.metadata.name,
+                "an object older than the one acted upon is ignored"
+            );
+            return;
+        }
+        entry.control.order.send_modify(|order| match todo {
+            Ok(todo) => {
+                order.todo = Arc::new(todo);
+                order.from_api |= from_api;
+                order.invalid = None;
+            }
+            Err(invalid) => {
+                warn!("{invalid}");
+                order.invalid = Some(invalid.to_string());
+            }
+        });
+        if entry.control.order.borrow().invalid.is_none() {
+            if let Err(error) = self.node.cache.store(&object) {
+                warn!(%error, "the spec could not be cached: a restart without the API server would use an older one");
+            }
+            entry.object = object;
+        }
+    }
+
+    fn begin(
+        &mut self,
+        replica: ReplicaId,
+        object: MarsReplica,
+        todo: Result<super::todo::Todo, InvalidObject>,
+        from_api: bool,
+    ) {
+        let todo = match todo {
+            Ok(todo) => todo,
+            Err(invalid) => return warn!("{invalid}"),
+        };
+        // Before anything is made for it: a replica that exists must be known after a restart.
+        if let Err(error) = self.node.cache.store(&object) {
+            warn!(replica = todo.name, %error, "the spec could not be cached: not started; tried again when it changes or the agent restarts");
+            return;
+        }
+        let forgotten = self.is_forgotten(replica);
+        let order = Order {
+            todo: Arc::new(todo),
+            from_api,
+            forgotten,
+            invalid: None,
+        };
+        let control = replica::start(self.node.clone(), order, &self.tracker);
+        self.replicas.insert(replica, Entry { object, control });
+    }
+
+    fn is_forgotten(&self, replica: ReplicaId) -> bool {
+        self.forgotten
+            .iter()
+            .any(|forgotten| forgotten.replica_uuid == replica.0)
+    }
+
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::Failover {
+                resource,
+                acknowledge,
+                answer,
+            } => self.failover(&resource, acknowledge, answer),
+            Request::Forgotten(forgotten) => {
+                self.forgotten = forgotten;
+                for (replica, entry) in &self.replicas {
+                    let forgotten = self.is_forgotten(*replica);
+                    entry.control.order.send_if_modified(|order| {
+                        let changed = order.forgotten != forgotten;
+                        order.forgotten = forgotten;
+                        changed
+                    });
+                }
+            }
+        }
+    }
+
+    fn failover(&self, resource: &str, acknowledge: Uuid, answer: oneshot::Sender<Result<Designation, String>>) {
+        let mut named = self
+            .replicas
+            .values()
+            .filter(|entry| entry.object.spec.resource == resource);
+        let found = named.next();
+        let refusal = match found {
+            None => format!("this node has no replica of a resource {resource:?}"),
+            Some(entry) if entry.object.spec.resource_uuid != acknowledge => format!(
+                "the acknowledgement does not match: {resource} has uuid {}; look at what would be lost, then repeat with it",
+                entry.object.spec.resource_uuid
+            ),
+            Some(entry) => match entry.control.ask.try_send(Ask::Failover(answer)) {
+                Ok(()) => return,
+                Err(mpsc::error::TrySendError::Full(ask) | mpsc::error::TrySendError::Closed(ask)) => {
+                    let Ask::Failover(answer) = ask;
+                    let _ = answer.send(Err("the replica is busy: ask again".into()));
+                    return;
+                }
+            },
+        };
+        // The asker may have gone.
+        let _ = answer.send(Err(refusal));
+    }
+}
+
+/// A late word of a watch: a lower generation of the same object.
+fn is_older(new: &MarsReplica, known: &MarsReplica) -> bool {
+    let same_object = new.metadata.uid.is_some() && new.metadata.uid == known.metadata.uid;
+    let (new, known) = (&new.metadata, &known.metadata);
+    same_object
+        && (new.generation < known.generation
+            || (known.deletion_timestamp.is_some() && new.deletion_timestamp.is_none()))
+}
+
+/// Every replica whose data is in the store, whether an object for it is known or not.
+///
+/// # Errors
+/// The store cannot be listed: then the inventory is not complete.
+pub fn inventory(node: &NodeContext) -> Result<Vec<FoundReplica>, LayoutError> {
+    let dir = node.layout.replicas_dir();
+    let views = node.views.borrow().clone();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
+        let superblock = match superblock::peek(&entry.path()) {
+            Ok(superblock) => superblock,
+            Err(error) => {
+                debug!("{}: {error}", entry.path().display());
+                continue;
+            }
+        };
+        let replica = superblock.belongs.replica;
+        let live = views.get(&replica).map(|view| &view.status);
+        found.push(FoundReplica {
+            replica_uuid: replica.0,
+            resource_uuid: superblock.belongs.resource.0,
+            resource: superblock.resource_name.clone(),
+            size_bytes: Some(
+                live.and_then(|status| status.size_bytes)
+                    .unwrap_or(super::object::signed(superblock.size_bytes)),
+            ),
+            role: live.and_then(|status| status.role),
+            data_state: live.and_then(|status| status.data_state),
+            designation: live.and_then(|status| status.designation),
+            primary_under: live.and_then(|status| status.primary_under),
+        });
+    }
+    found.sort_by_key(|found| found.replica_uuid);
+    Ok(found)
+}
