@@ -38,6 +38,8 @@ pub struct Options {
     pub env: Vec<(String, String)>,
     /// Where the directory of the cluster is made; data and logs lie in it.
     pub parent: PathBuf,
+    /// Use this directory instead, with what an earlier cluster left in it, and keep it: for tests that pull the plug.
+    pub keep: Option<PathBuf>,
 }
 
 impl Options {
@@ -65,6 +67,7 @@ impl Default for Options {
             } else {
                 std::env::temp_dir()
             },
+            keep: None,
         }
     }
 }
@@ -83,19 +86,30 @@ impl<K> Object for K where
 {
 }
 
+/// Where everything of a cluster lies.
+enum Home {
+    /// Removed with the cluster.
+    Temporary(TempDir),
+    /// Stays.
+    Kept(PathBuf),
+}
+
 /// A running cluster.
 pub struct Cluster {
     up: RefCell<Option<Background>>,
     pub(crate) options: Options,
     runtime: tokio::runtime::Runtime,
     client: RefCell<Option<kube::Client>>,
-    dir: Option<TempDir>,
+    home: Option<Home>,
 }
 
 impl Cluster {
     /// Starts a cluster and waits until all its nodes are there.
     pub fn start(options: Options) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("mars-").tempdir_in(&options.parent)?;
+        let home = match &options.keep {
+            Some(dir) => Home::Kept(dir.clone()),
+            None => Home::Temporary(tempfile::Builder::new().prefix("mars-").tempdir_in(&options.parent)?),
+        };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -105,30 +119,29 @@ impl Cluster {
             options,
             runtime,
             client: RefCell::new(None),
-            dir: Some(dir),
+            home: Some(home),
         };
         cluster.control_plane_start()?;
         Ok(cluster)
     }
 
+    fn home_dir(&self) -> &Path {
+        match &self.home {
+            Some(Home::Temporary(dir)) => dir.path(),
+            Some(Home::Kept(dir)) => dir,
+            None => unreachable!("the directory lives as long as the cluster"),
+        }
+    }
+
     /// The state directory of `mars-local`.
     #[must_use]
     pub fn state(&self) -> PathBuf {
-        self.dir
-            .as_ref()
-            .expect("the directory lives as long as the cluster")
-            .path()
-            .join("state")
+        self.home_dir().join("state")
     }
 
     /// A directory of this cluster for files of the test.
     pub fn scratch(&self, name: &str) -> Result<PathBuf> {
-        let path = self
-            .dir
-            .as_ref()
-            .expect("the directory lives as long as the cluster")
-            .path()
-            .join(name);
+        let path = self.home_dir().join(name);
         std::fs::create_dir_all(&path)?;
         Ok(path)
     }
@@ -141,11 +154,7 @@ impl Cluster {
 
     /// Starts API server and operator (and what is missing of agents and keepers).
     pub fn control_plane_start(&self) -> Result<()> {
-        let dir = self
-            .dir
-            .as_ref()
-            .expect("the directory lives as long as the cluster")
-            .path();
+        let dir = self.home_dir();
         let (out_path, log_path) = (dir.join("up.out"), dir.join("up.log"));
         let append = |path: &Path| File::options().create(true).append(true).open(path);
         // Truncated: `ready` must be the one of this start.
@@ -342,9 +351,7 @@ impl Cluster {
             .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
             .unwrap_or_default();
         logs.sort();
-        if let Some(dir) = &self.dir {
-            logs.push(dir.path().join("up.log"));
-        }
+        logs.push(self.home_dir().join("up.log"));
         for log in logs {
             let text = std::fs::read(&log).unwrap_or_default();
             report.push(format!("---- {}", log.display()));
@@ -355,9 +362,11 @@ impl Cluster {
 
     /// Ends everything, removes everything, and says what could not be removed.
     pub fn stop(&mut self) -> Result<()> {
-        let Some(dir) = self.dir.take() else { return Ok(()) };
+        if self.home.is_none() {
+            return Ok(());
+        }
         crate::machine::shield_clean_up();
-        let state = dir.path().join("state");
+        let state = self.state();
         if let Some(mut up) = self.up.take() {
             let _ = up.terminate(Duration::from_secs(10));
         }
@@ -369,7 +378,9 @@ impl Cluster {
             .run();
         sweep(&state);
         let left = leftovers(&state);
-        dir.close().context("cannot remove the directory of the cluster")?;
+        if let Some(Home::Temporary(dir)) = self.home.take() {
+            dir.close().context("cannot remove the directory of the cluster")?;
+        }
         down.context("mars-local down")?;
         ensure!(left.is_empty(), "left behind by the cluster: {left:?}");
         Ok(())
@@ -392,7 +403,7 @@ pub fn scenario(options: Options, story: impl FnOnce(&Cluster) -> Result<()>) {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if self.dir.is_some() && std::thread::panicking() {
+        if self.home.is_some() && std::thread::panicking() {
             eprintln!("{}", self.report());
         }
         if let Err(error) = self.stop() {

@@ -71,6 +71,12 @@ impl Ledger {
     pub fn new(slots: u64) -> Self {
         let seed = rand::random();
         eprintln!("ledger seed {seed:#x}");
+        Self::with_seed(slots, seed)
+    }
+
+    /// The ledger of an earlier run.
+    #[must_use]
+    pub fn with_seed(slots: u64, seed: u64) -> Self {
         Self {
             slots,
             written: 0,

@@ -9,6 +9,7 @@ mod files;
 mod identity;
 mod log;
 mod postgres;
+mod power;
 mod replication;
 mod restart;
 mod roles;
