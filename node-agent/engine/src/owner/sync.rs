@@ -61,7 +61,7 @@ impl<S: Store> Owner<S> {
             .saved
             .sync
             .filter(|sync| self.saved.data == DataState::Syncing && sync.consistent_at.is_none())
-            && self.may_continue(&sync, source, &lineage)
+            && self.may_continue(&sync, source, start, &lineage)
         {
             let floor = if source == sync.source {
                 sync.floor
@@ -92,8 +92,12 @@ impl<S: Store> Owner<S> {
     }
 
     /// Progress survives when what the earlier source had on its disk is certain to be part of this source's history: the same source
-    /// (nothing reaches a disk before it is durable), or a new one that took over by a handover, after the `Close`.
-    fn may_continue(&self, sync: &SavedSync, source: ReplicaId, lineage: &Lineage) -> bool {
+    /// (nothing reaches a disk before it is durable), or a new one that took over by a handover, after the `Close`. And its disk must
+    /// not be older than where the local log begins: records before that are nowhere to be replayed from.
+    fn may_continue(&self, sync: &SavedSync, source: ReplicaId, start: Position, lineage: &Lineage) -> bool {
+        if start.lsn < self.saved.applied.lsn {
+            return false;
+        }
         let Some(index) = lineage.0.iter().position(|entry| entry.id == sync.epoch) else {
             return false;
         };
