@@ -37,6 +37,9 @@ struct Arguments {
     /// Socket of mars-device-keeper, for `loop`.
     #[arg(long)]
     keeper: Option<PathBuf>,
+    /// Where `ublk` devices are recorded, for `ublk`.
+    #[arg(long)]
+    ublk_state_dir: Option<PathBuf>,
     /// auto, loop or ublk.
     #[arg(long, default_value = "auto")]
     frontend: FrontendChoice,
@@ -91,7 +94,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     let config = FrontendsConfig {
         link_dir: arguments.link_dir.clone(),
         keeper_socket: arguments.keeper.clone(),
-        ublk: true,
+        ublk_state_dir: arguments.ublk_state_dir.clone(),
     };
     let runtime = Runtime::start(&RuntimeConfig::default(), Arc::new(Frontends::new(&config)))?;
     let replica = runtime.add(arguments.name.as_str(), engine(&arguments)?)?;

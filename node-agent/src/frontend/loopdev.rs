@@ -192,12 +192,6 @@ pub(crate) fn update_size(number: u32) -> io::Result<()> {
     ioctl(open(number, OFlags::RDONLY)?.as_fd(), LOOP_SET_CAPACITY, 0).map(drop)
 }
 
-/// Size the device shows (bytes).
-#[cfg(test)]
-pub(crate) fn size_bytes(number: u32) -> Option<u64> {
-    Some(sysfs::attribute(&sys(number).join("size"))?.parse::<u64>().ok()? * 512)
-}
-
 /// Whether users flush. The driver says so by itself (the file has fsync); with "write through" the block layer drops
 /// every flush and every FUA, which is right exactly when each completed write is durable already.
 pub(crate) fn set_volatile_cache(number: u32, volatile: bool) -> io::Result<()> {

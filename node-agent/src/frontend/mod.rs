@@ -19,6 +19,7 @@ pub mod loopback;
 pub(crate) mod loopdev;
 pub mod stacked;
 mod sysfs;
+mod ublk;
 pub mod users;
 
 pub use users::DeviceUser;
@@ -274,8 +275,9 @@ pub struct FrontendsConfig {
     pub link_dir: PathBuf,
     /// Socket of the device keeper; `None`: no `loop` devices.
     pub keeper_socket: Option<PathBuf>,
-    /// Whether `ublk` may be used at all.
-    pub ublk: bool,
+    /// Where `ublk` devices are recorded for the next life of the agent: volatile storage, private to this node. `None`: no
+    /// `ublk` devices.
+    pub ublk_state_dir: Option<PathBuf>,
 }
 
 /// All frontends of this agent.
@@ -290,6 +292,9 @@ impl Frontends {
     #[must_use]
     pub fn new(config: &FrontendsConfig) -> Self {
         let mut available: Vec<Box<dyn BlockFrontend>> = Vec::new();
+        if let Some(dir) = config.ublk_state_dir.as_ref().filter(|_| ublk::is_available()) {
+            available.push(Box::new(ublk::UblkFrontend::new(dir.clone())));
+        }
         if let Some(socket) = &config.keeper_socket {
             available.push(Box::new(loopback::LoopFrontend::new(socket.clone())));
         }

@@ -17,7 +17,7 @@ mod handle;
 pub(crate) mod host;
 pub mod owned;
 pub mod plain;
-mod pool;
+pub(crate) mod pool;
 pub(crate) mod thread;
 pub(crate) mod wake;
 
