@@ -164,6 +164,17 @@ impl<S: Store> Owner<S> {
         if self.writes_itself() {
             self.replay.passed(durable, self.durable_time);
         }
+        let applied = self.saved.applied;
+        if durable.lsn == applied.lsn && durable.epoch != applied.epoch {
+            // A new epoch without records: nothing is left to apply, and positions are told in the epoch that goes on.
+            self.replay.passed(durable, self.durable_time);
+            self.save(|saved| {
+                saved.applied = durable;
+                if saved.dirty_end.lsn == durable.lsn {
+                    saved.dirty_end = durable;
+                }
+            });
+        }
         if !self.saved.log.started {
             self.save(|saved| saved.log.started = true);
         }

@@ -191,8 +191,8 @@ impl<S: Store> Owner<S> {
             // A stamp of our own log, made under the same rules: it is seen whatever the wall clock says now.
             self.clock = LamportClock::new(self.clock.last().max(record.header.lamport));
         }
-        if facts.end.lsn < self.saved.applied.lsn {
-            // What was applied beyond is told by the dirty end; replay goes on from where the log is.
+        if facts.end.lsn <= self.saved.applied.lsn {
+            // What was applied beyond is told by the dirty end; replay goes on from where the log is, in the epoch that is there.
             self.saved.applied = facts.end;
         }
         self.replay = replay::Replay::new(self.saved.applied, self.saved.applied_time, self.saved.size_bytes);

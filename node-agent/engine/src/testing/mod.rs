@@ -42,6 +42,8 @@ pub struct Rig {
     next_id: u64,
     /// Jobs of these kinds are kept back until this is cleared.
     pub hold: fn(&Job<SimFile>) -> bool,
+    /// Looks at every job just before it is run.
+    pub watch: fn(&Rig, &Job<SimFile>),
 }
 
 /// Parameters of a replica: small segments and a small budget, so that everything happens often.
@@ -107,6 +109,7 @@ impl Rig {
             completions: BTreeMap::new(),
             next_id: 1,
             hold: |_| false,
+            watch: |_, _| {},
         }
     }
 
@@ -184,6 +187,7 @@ impl Rig {
             return false;
         }
         let (id, job) = self.jobs.swap_remove(ready[self.rng.random_range(0..ready.len())]);
+        (self.watch)(self, &job);
         let outcome = run_job(&self.store, job);
         if self.is_up() {
             let now = self.now;
@@ -223,6 +227,11 @@ impl Rig {
             }
         }
         panic!("never settles: {:?}", self.owner.as_ref().map(Owner::status));
+    }
+
+    /// Runs everything until nothing is left to do, or the machine dies.
+    pub fn settle_if_up(&mut self) {
+        while self.is_up() && self.step() {}
     }
 
     /// Runs everything until `done` holds; `false` when nothing moves any more (or the machine died) before that.

@@ -1,6 +1,7 @@
 //! Tests of the owner on a simulated machine.
 
 mod crash;
+mod writes;
 
 use crate::api::{Answer, Cause, Command, Reply, Role};
 use crate::testing::Rig;
