@@ -13,6 +13,9 @@ pub mod writer;
 
 pub use classify::TailClass;
 pub use cursor::Stop;
+#[cfg(test)]
+mod tests;
+
 pub use rewrite::{Rewritten, TailItem, TailRewrite};
 pub use writer::{AppendError, Appended, LogWriter, SyncResult};
 

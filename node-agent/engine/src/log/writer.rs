@@ -121,8 +121,10 @@ pub struct LogWriter<S: Store> {
     tail_bytes: u64,
     /// Segments left behind with unsynced content.
     left_dirty: Vec<S::File>,
-    /// The end that the sync under way captured.
-    syncing: Option<Position>,
+    /// What the sync under way captured: the end, and the number of the last segment.
+    syncing: Option<(Position, u32)>,
+    /// Number of the last segment whose header is durable.
+    durable_segment: u32,
     rewriting: bool,
     poison: Option<String>,
     compression: Compression,
@@ -216,6 +218,7 @@ impl<S: Store> LogWriter<S> {
             tail,
             left_dirty: Vec::new(),
             syncing: None,
+            durable_segment: 0,
             rewriting: false,
             poison,
             compression,
@@ -262,17 +265,10 @@ impl<S: Store> LogWriter<S> {
     /// What may be shown to other members: nothing that is not durable.
     #[must_use]
     pub fn view(&self, lineage: Lineage) -> LogView {
-        let begun_later = |epoch| {
-            self.tail
-                .iter()
-                .filter_map(TailItem::epoch)
-                .any(|entry| entry.id == epoch)
-        };
-        let durable = self.segments.iter().take_while(|segment| {
-            segment.start.lsn < self.durable.lsn
-                || (segment.start.lsn == self.durable.lsn && !begun_later(segment.start.epoch))
-        });
-        let segments = durable
+        let segments = self
+            .segments
+            .iter()
+            .filter(|segment| segment.name.number <= self.durable_segment)
             .map(|segment| SegmentView {
                 name: segment.name,
                 start: segment.start,
@@ -539,7 +535,8 @@ impl<S: Store> LogWriter<S> {
             current.batch = None;
             files.push(current.file.clone());
         }
-        self.syncing = Some(self.appended);
+        let last = self.segments.last().map_or(0, |last| last.name.number);
+        self.syncing = Some((self.appended, last));
         Some(files)
     }
 
@@ -548,10 +545,11 @@ impl<S: Store> LogWriter<S> {
     /// # Panics
     /// When no sync is under way.
     pub fn sync_done(&mut self, result: Result<(), String>) -> SyncResult {
-        let end = self.syncing.take().expect("sync_done answers a begin_sync");
+        let (end, segment) = self.syncing.take().expect("sync_done answers a begin_sync");
         match result {
             Ok(()) => {
                 self.advance_durable(end);
+                self.durable_segment = segment;
                 SyncResult::Durable(end)
             }
             Err(cause) => {
@@ -617,14 +615,15 @@ impl<S: Store> LogWriter<S> {
         }
     }
 
-    /// Segments whose content lies below `lsn` leave the log; their files are to be removed in this order. Never the last one.
+    /// Segments whose content lies below `lsn` leave the log; their files are to be removed in this order. Never the last one,
+    /// and not the end of an epoch exactly at `lsn`: a member may stand there in that epoch.
     pub fn forget_segments_below(&mut self, lsn: Lsn) -> Vec<SegmentName> {
         let limit = lsn.min(self.durable.lsn);
-        let gone = self
-            .segments
-            .windows(2)
-            .take_while(|pair| pair[1].start.lsn <= limit)
-            .count();
+        let passed = |pair: &&[SegmentMeta]| {
+            let end = pair[1].start;
+            end.lsn < limit || (end.lsn == limit && end.epoch == pair[0].start.epoch)
+        };
+        let gone = self.segments.windows(2).take_while(passed).count();
         self.segments.drain(..gone).map(|segment| segment.name).collect()
     }
 
@@ -684,13 +683,14 @@ impl<S: Store> LogWriter<S> {
         pieces
     }
 
-    /// The segments that hold durable content, and go on to do so after a rewrite.
+    /// The segments that hold durable content, or tell of a durable epoch without any: they stay after a rewrite.
     fn survivors(&self) -> &[SegmentMeta] {
-        let count = self
-            .segments
-            .iter()
-            .take_while(|segment| segment.start.lsn < self.durable.lsn)
-            .count();
+        let stays = |segment: &&SegmentMeta| {
+            let start = segment.start;
+            let is_witness = start.lsn == self.durable.lsn && start.epoch != self.durable.epoch;
+            start.lsn < self.durable.lsn || (is_witness && segment.name.number <= self.durable_segment)
+        };
+        let count = self.segments.iter().take_while(stays).count();
         &self.segments[..count]
     }
 
@@ -720,6 +720,7 @@ impl<S: Store> LogWriter<S> {
         });
         self.left_dirty.clear();
         self.advance_durable(self.appended);
+        self.durable_segment = self.segments.last().map_or(0, |last| last.name.number);
         self.poison = None;
         obsolete
     }
