@@ -125,6 +125,11 @@ impl SimStore {
         self.lock().clear_faults();
     }
 
+    /// The data disk is enlarged to so many bytes, as by an administrator.
+    pub fn grow_data(&self, bytes: u64) {
+        self.lock().grow_data(bytes);
+    }
+
     /// Changes the capacity of the log store (bytes); below what is used, every creation fails with `StorageFull`.
     pub fn set_log_capacity(&self, bytes: u64) {
         self.lock().set_log_capacity(bytes);

@@ -174,6 +174,7 @@ impl<S: Store> Owner<S> {
             }
         }
         assert_eq!(self.log.appended(), end, "the local chain is the one that was proven");
+        self.changed = true;
         self.done(id);
         Ok(())
     }

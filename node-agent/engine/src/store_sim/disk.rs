@@ -158,6 +158,13 @@ impl Disk {
         self.at_next.clear();
     }
 
+    pub(super) fn grow_data(&mut self, bytes: u64) {
+        self.inodes
+            .get_mut(&0)
+            .expect("the data disk is always there")
+            .grow(bytes);
+    }
+
     pub(super) fn set_log_capacity(&mut self, bytes: u64) {
         self.log_capacity = bytes;
     }

@@ -113,6 +113,12 @@ impl Inode {
         self.len
     }
 
+    /// The administrator enlarged the disk: durable at once.
+    pub(super) fn grow(&mut self, len: u64) {
+        self.len = self.len.max(len);
+        self.medium_len = self.medium_len.max(len);
+    }
+
     pub(super) fn set_len(&mut self, len: u64) {
         self.len = len;
     }

@@ -1,6 +1,7 @@
 //! Tests of the owner on a simulated machine.
 
 mod crash;
+mod pair;
 mod writes;
 
 use crate::api::{Answer, Cause, Command, Reply, Role};

@@ -1,0 +1,561 @@
+//! Two replicas: log goes from one to the other, with whatever happens in between.
+
+use super::{DEVICE, designation, for_seeds, ok, primary};
+use crate::api::{Answer, Cause, Command, DataState, Fault, Io, IoResult, Refusal, Role, Switches};
+use crate::log::reader::{LogReader, Next, ReadError};
+use crate::replication::histories::prefix;
+use crate::store::FileId;
+use crate::store_sim::Survival;
+use crate::testing::{Load, Rig};
+use crate::types::{ByteRange, Lsn};
+use bytes::Bytes;
+use rand::Rng;
+use std::time::Duration;
+
+/// Sends the next piece of log from `a` to `b`; `false`: nothing to send.
+fn ship(a: &Rig, b: &mut Rig, max_bytes: u64) -> bool {
+    let view = a.owner().log_view();
+    let from = b.owner().status().appended;
+    let mut reader = match LogReader::open(a.store.clone(), view, from) {
+        Ok(reader) => reader,
+        Err(ReadError::NotProven { .. }) => return false,
+        Err(error) => panic!("{error}"),
+    };
+    let command = match reader.next(view, Lsn(u64::MAX), max_bytes).unwrap() {
+        Next::End => return false,
+        Next::Epoch(entry) => Command::AcceptEpoch(entry),
+        Next::Records(chunk) => Command::AcceptLog(chunk),
+    };
+    match b.command(command) {
+        None => false,
+        Some(reply) => {
+            reply.unwrap();
+            true
+        }
+    }
+}
+
+/// Makes durable what is appended; a secondary does so by itself.
+fn flush(rig: &mut Rig) {
+    if rig.owner().status().role == Role::Primary {
+        assert_eq!(rig.io(Io::Flush), Some(IoResult::Done));
+    } else {
+        rig.run_until(|rig| rig.owner().status().durable == rig.owner().status().appended);
+    }
+}
+
+/// Ships until `b` has durably what `a` has.
+fn catch_up(a: &mut Rig, b: &mut Rig) {
+    for _ in 0..10_000 {
+        flush(a);
+        while ship(a, b, 8 << 10) {}
+        if b.owner().status().durable == a.owner().status().durable {
+            return;
+        }
+        b.step();
+    }
+    panic!("never catches up: {:?} {:?}", a.owner().status(), b.owner().status());
+}
+
+/// The bytes of the data disk, past the owner.
+fn disk(rig: &Rig) -> Vec<u8> {
+    rig.store.peek(&FileId::Data).unwrap()
+}
+
+fn begin_sync(a: &Rig, b: &mut Rig) {
+    let status = a.owner().status();
+    let lineage = prefix(&status.lineage, status.applied);
+    let command = Command::BeginSync {
+        source: a.params.replica,
+        start: status.applied,
+        lineage,
+        size_bytes: status.size_bytes,
+    };
+    ok(b.command(command));
+}
+
+/// Copies `[from, to)` from the underlying disk of `a`, as far as it differs.
+fn copy(a: &Rig, b: &mut Rig, from: usize, to: usize) {
+    let (theirs, ours) = (disk(a), disk(b));
+    for at in (from..to).step_by(4096) {
+        if theirs[at..at + 4096] != ours[at..at + 4096] {
+            let range = ByteRange {
+                offset: at as u64,
+                len: 4096,
+            };
+            let data = Some(Bytes::copy_from_slice(&theirs[at..at + 4096]));
+            ok(b.command(Command::SyncWrite { range, data }));
+        }
+    }
+    ok(b.command(Command::SyncCheckpoint { done_bytes: to as u64 }));
+}
+
+/// A primary and a secondary that follows it, consistent.
+fn pair(seed: u64) -> (Rig, Rig, Load) {
+    let mut a = primary(seed);
+    let mut b = Rig::create(2, seed + 1000, DEVICE);
+    ok(a.command(Command::SetMembers(vec![b.params.replica])));
+    a.settle();
+    begin_sync(&a, &mut b);
+    copy(&a, &mut b, 0, usize::try_from(DEVICE).unwrap());
+    ok(b.command(Command::FinishSync {
+        dirty_end: a.owner().status().dirty_end,
+    }));
+    catch_up(&mut a, &mut b);
+    b.settle();
+    assert_eq!(b.owner().status().data, DataState::Consistent);
+    (a, b, Load::new(DEVICE))
+}
+
+/// What the device of `a` held at every LSN: after each submission, the end of the log and the content then.
+struct Tape(Vec<(Lsn, usize)>);
+
+impl Tape {
+    fn note(&mut self, a: &mut Rig, load: &Load) {
+        // Everything is appended when nothing is held back: then the end of the log belongs to the changes so far.
+        flush(a);
+        self.0.push((a.owner().status().durable.lsn, load.len()));
+    }
+
+    fn changes_at(&self, lsn: Lsn) -> Option<usize> {
+        self.0
+            .iter()
+            .rev()
+            .find(|(end, _)| *end == lsn)
+            .map(|(_, changes)| *changes)
+    }
+}
+
+#[test]
+fn a36_the_secondarys_disk_is_the_primarys_content_at_its_applied_lsn() {
+    let compared = std::sync::atomic::AtomicUsize::new(0);
+    for_seeds(8, |seed| {
+        let (mut a, mut b, mut load) = pair(seed);
+        let mut tape = Tape(Vec::new());
+        tape.note(&mut a, &load);
+        for _ in 0..150 {
+            load.write(&mut a, false);
+            load.step(&mut a);
+            tape.note(&mut a, &load);
+            load.collect(&mut a);
+            while b.rng().random_bool(0.6) && ship(&a, &mut b, 4 << 10) {}
+            for _ in 0..4 {
+                b.step();
+            }
+            if b.rng().random_bool(0.1) {
+                b.settle();
+            }
+            let status = b.owner().status();
+            let quiet = b.pending_jobs() == 0 && status.applied.lsn == status.dirty_end;
+            if let Some(changes) = tape.changes_at(status.applied.lsn).filter(|_| quiet) {
+                assert!(
+                    disk(&b) == load.content_after(changes),
+                    "another content at {}",
+                    status.applied
+                );
+                compared.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        catch_up(&mut a, &mut b);
+        b.settle();
+        assert!(disk(&b) == load.newest());
+        let report = b.owner().status().durable;
+        ok(a.command(Command::PeerReport {
+            peer: b.params.replica,
+            durable: report,
+        }));
+        a.settle();
+        let starts = a
+            .owner()
+            .log_view()
+            .segments
+            .iter()
+            .map(|segment| segment.start.lsn)
+            .collect::<Vec<_>>();
+        assert!(starts.len() <= 2, "log that everybody has is gone: {starts:?}");
+    });
+    let compared = compared.into_inner();
+    assert!(
+        compared >= 100 || std::env::var("MARS_SEED").is_ok(),
+        "compared at {compared} moments only"
+    );
+}
+
+#[test]
+fn a30_replay_held_back_while_fetch_is_current_and_promotion_replays_first() {
+    for_seeds(6, |seed| {
+        let (mut a, mut b, mut load) = pair(seed);
+        let switches = Switches {
+            apply_delay: Duration::from_secs(3600),
+            ..Switches::default()
+        };
+        ok(b.command(Command::SetSwitches(switches.clone())));
+        let before = disk(&b);
+        for _ in 0..80 {
+            load.write(&mut a, false);
+            a.advance(Duration::from_secs(10));
+            b.advance(Duration::from_secs(10));
+        }
+        a.settle();
+        catch_up(&mut a, &mut b);
+        while b.run_one_job() {}
+        assert_eq!(
+            b.owner().status().durable,
+            a.owner().status().durable,
+            "fetch is current"
+        );
+        assert!(disk(&b) == before, "nothing is applied within the hour");
+        if seed % 3 == 0 {
+            // Fast-forward.
+            ok(b.command(Command::SetSwitches(Switches::default())));
+            b.settle();
+            assert!(disk(&b) == load.newest());
+        } else if seed % 3 == 1 {
+            // Paused altogether: an hour later still nothing.
+            ok(b.command(Command::SetSwitches(Switches {
+                replay: false,
+                ..switches
+            })));
+            b.advance(Duration::from_secs(7200));
+            while b.run_one_job() {}
+            assert!(disk(&b) == before);
+            return;
+        } else {
+            // The hour passes: what is old enough is applied.
+            b.advance(Duration::from_secs(3600));
+            b.settle();
+            assert!(disk(&b) == load.newest());
+            return;
+        }
+        let promote = Command::Promote {
+            designation: designation(2),
+            cause: Cause::Failover,
+        };
+        let Answer::At(start) = ok(b.command(promote)) else {
+            panic!("a promotion answers with its epoch")
+        };
+        assert_eq!(start.lsn, a.owner().status().durable.lsn);
+        assert!(b.content() == load.newest(), "a promoted replica has everything local");
+    });
+}
+
+#[test]
+fn a30_a_held_back_replica_that_is_promoted_replays_everything_local_first() {
+    let (mut a, mut b, mut load) = pair(4);
+    ok(b.command(Command::SetSwitches(Switches {
+        replay: false,
+        ..Switches::default()
+    })));
+    // Much more than fits into the buffer.
+    for _ in 0..120 {
+        load.write(&mut a, false);
+        a.settle();
+        load.collect(&mut a);
+    }
+    catch_up(&mut a, &mut b);
+    b.settle();
+    assert!(b.owner().status().applied.lsn < b.owner().status().durable.lsn);
+    ok(b.command(Command::Promote {
+        designation: designation(2),
+        cause: Cause::Failover,
+    }));
+    assert_eq!(b.owner().status().role, Role::Primary);
+    assert!(b.content() == load.newest());
+}
+
+#[test]
+fn a37_resize_discard_and_zeroes_take_effect_at_the_same_point_and_a_small_disk_stops_before() {
+    let (mut a, mut b, mut load) = pair(5);
+    for _ in 0..30 {
+        load.step(&mut a);
+        a.step();
+        load.collect(&mut a);
+    }
+    let bigger = DEVICE + (64 << 10);
+    let refused = a.command(Command::Resize { size_bytes: bigger }).unwrap().unwrap_err();
+    assert!(
+        matches!(refused, Refusal::Invalid(_)),
+        "the disk is too small: {refused}"
+    );
+    a.store.grow_data(bigger);
+    ok(a.command(Command::Resize { size_bytes: bigger }));
+    assert_eq!(a.owner().status().size_bytes, bigger);
+    assert_eq!(
+        a.io(Io::Write {
+            offset: DEVICE,
+            data: &[7; 4096],
+            fua: true
+        }),
+        Some(IoResult::Done)
+    );
+    let range = ByteRange {
+        offset: DEVICE,
+        len: 512,
+    };
+    assert_eq!(a.io(Io::Discard { range }), Some(IoResult::Done));
+    catch_up(&mut a, &mut b);
+    b.run_until(|rig| {
+        rig.owner()
+            .status()
+            .faults
+            .iter()
+            .any(|fault| matches!(fault, Fault::DiskTooSmall { .. }))
+    });
+    let status = b.owner().status();
+    assert!(matches!(status.faults[..], [Fault::DiskTooSmall { wanted_bytes, .. }] if wanted_bytes == bigger));
+    assert_eq!(status.size_bytes, DEVICE, "it stops before the RESIZE");
+    b.store.grow_data(bigger);
+    b.settle();
+    a.settle();
+    let status = b.owner().status();
+    assert!(status.faults.is_empty() && status.size_bytes == bigger);
+    assert!(disk(&a) == disk(&b));
+    // Replayed twice: from the log again, after a power loss.
+    b.power_loss(Survival::Torn);
+    b.open().unwrap();
+    b.settle();
+    assert_eq!(b.owner().status().size_bytes, bigger);
+    assert!(disk(&a) == disk(&b));
+}
+
+#[test]
+fn a31_sync_under_writes_is_consistent_only_after_replay_has_passed_the_dirty_end() {
+    for_seeds(12, |seed| {
+        let mut a = primary(seed);
+        let mut b = Rig::create(2, seed + 1000, DEVICE);
+        ok(a.command(Command::SetMembers(vec![b.params.replica])));
+        let mut load = Load::new(DEVICE);
+        for _ in 0..60 {
+            load.step(&mut a);
+            a.step();
+        }
+        a.run_until(|rig| rig.owner().status().applied.lsn > Lsn::ZERO);
+        begin_sync(&a, &mut b);
+        let device = usize::try_from(DEVICE).unwrap();
+        let part = device / 16;
+        for from in (0..device).step_by(part) {
+            for _ in 0..8 {
+                load.step(&mut a);
+                a.step();
+            }
+            copy(&a, &mut b, from, from + part);
+            if b.rng().random_bool(0.3) {
+                ship(&a, &mut b, 8 << 10);
+            }
+            if b.rng().random_bool(0.2) {
+                // Killed: it goes on where it was.
+                b.kill();
+                b.open().unwrap();
+                assert_eq!(b.owner().status().sync.unwrap().done_bytes, (from + part) as u64);
+            }
+            let refused = b.command(Command::Promote {
+                designation: designation(5),
+                cause: Cause::Failover,
+            });
+            assert!(
+                matches!(refused, Some(Err(Refusal::Inconsistent { .. }))),
+                "{refused:?}"
+            );
+        }
+        let dirty_end = a.owner().status().dirty_end;
+        ok(b.command(Command::FinishSync { dirty_end }));
+        while b.run_one_job() {}
+        let status = b.owner().status();
+        assert_eq!(status.data == DataState::Consistent, status.applied.lsn >= dirty_end);
+        for _ in 0..10_000 {
+            let status = b.owner().status();
+            if status.data == DataState::Consistent {
+                assert!(
+                    status.applied.lsn >= dirty_end,
+                    "{} is below {dirty_end}",
+                    status.applied
+                );
+                break;
+            }
+            flush(&mut a);
+            ship(&a, &mut b, 2 << 10);
+            b.step();
+        }
+        load.collect(&mut a);
+        catch_up(&mut a, &mut b);
+        b.settle();
+        assert_eq!(b.owner().status().data, DataState::Consistent);
+        assert!(disk(&b) == load.newest());
+    });
+}
+
+#[test]
+fn a50_a_handover_hands_over_everything_and_nothing_is_taken_after_the_close() {
+    for_seeds(10, |seed| {
+        let (mut a, mut b, mut load) = pair(seed);
+        for _ in 0..50 {
+            load.step(&mut a);
+            a.step();
+        }
+        let close = a.order(Command::Close {
+            designation: designation(2),
+            to: Some(b.params.replica),
+        });
+        let late = a
+            .submit(Io::Write {
+                offset: 0,
+                data: &[1; 512],
+                fua: false,
+            })
+            .1;
+        assert!(
+            matches!(late, crate::api::Submitted::Now(IoResult::Errno(_))),
+            "{late:?}"
+        );
+        let mut released = None;
+        a.run_until(|_| true);
+        for _ in 0..10_000 {
+            a.step();
+            if let Some(reply) = a.reply(close) {
+                released = Some(reply.unwrap());
+                break;
+            }
+        }
+        let Some(Answer::At(end)) = released else {
+            panic!("the close never ends")
+        };
+        assert_eq!(a.owner().status().released.unwrap().end, end);
+        if seed % 2 == 0 {
+            // Whatever the slot says, a trailing Close makes it secondary.
+            if seed % 4 == 0 {
+                a.kill()
+            } else {
+                a.power_loss(Survival::OnlySynced)
+            }
+            a.open().unwrap();
+            a.settle();
+            assert!(a.owner().status().resumable.is_none());
+            assert_eq!(a.owner().status().released.unwrap().end, end);
+        }
+        load.collect(&mut a);
+        catch_up(&mut a, &mut b);
+        assert_eq!(b.owner().status().durable, end);
+        let back = a.command(Command::Promote {
+            designation: designation(3),
+            cause: Cause::Handover,
+        });
+        assert!(matches!(back, Some(Err(Refusal::Closed { .. }))), "{back:?}");
+        ok(b.command(Command::Promote {
+            designation: designation(2),
+            cause: Cause::Handover,
+        }));
+        assert!(b.content() == load.newest());
+        // And back as a follower of the new epoch.
+        load.write(&mut b, true);
+        catch_up(&mut b, &mut a);
+        a.settle();
+        load.collect(&mut b);
+        assert!(disk(&a) == load.newest());
+        assert_eq!(a.owner().status().lineage, b.owner().status().lineage);
+    });
+}
+
+#[test]
+fn a56_a_returning_old_primary_with_a_newer_designation_does_not_resume() {
+    let (mut a, mut b, mut load) = pair(9);
+    load.write(&mut a, true);
+    catch_up(&mut a, &mut b);
+    a.kill();
+    ok(b.command(Command::Promote {
+        designation: designation(2),
+        cause: Cause::Failover,
+    }));
+    a.open().unwrap();
+    let resumable = a.owner().status().resumable.unwrap();
+    ok(a.command(Command::Observe {
+        designation: designation(2),
+    }));
+    assert!(a.owner().status().resumable.is_none());
+    let refused = a.command(Command::Resume {
+        designation: resumable.designation,
+    });
+    assert!(matches!(refused, Some(Err(Refusal::WrongRole { .. }))));
+    let lower = a.command(Command::Observe {
+        designation: designation(1),
+    });
+    assert!(matches!(lower, Some(Err(Refusal::StaleDesignation { .. }))));
+    a.kill();
+    a.open().unwrap();
+    assert!(
+        a.owner().status().resumable.is_none(),
+        "the newer designation is remembered"
+    );
+    // It had nothing more: it simply follows.
+    catch_up(&mut b, &mut a);
+    assert_eq!(a.owner().status().lineage, b.owner().status().lineage);
+}
+
+#[test]
+fn a_step_down_leaves_a_history_that_did_not_fork_unforked() {
+    let (mut a, mut b, mut load) = pair(10);
+    load.write(&mut a, true);
+    catch_up(&mut a, &mut b);
+    load.collect(&mut a);
+    ok(b.command(Command::Promote {
+        designation: designation(2),
+        cause: Cause::Failover,
+    }));
+    let end = a.owner().status().durable;
+    assert_eq!(
+        ok(a.command(Command::StepDown {
+            designation: designation(2)
+        })),
+        Answer::At(end)
+    );
+    assert_eq!(a.owner().status().role, Role::Secondary);
+    catch_up(&mut b, &mut a);
+    assert_eq!(a.owner().status().durable, b.owner().status().durable);
+}
+
+#[test]
+fn an_invalidated_replica_starts_over_and_its_old_log_is_gone() {
+    let (mut a, mut b, mut load) = pair(11);
+    load.write(&mut a, true);
+    catch_up(&mut a, &mut b);
+    ok(b.command(Command::Invalidate));
+    let status = b.owner().status();
+    assert_eq!(
+        (&status.data, status.lineage.0.len(), status.durable.lsn),
+        (&DataState::Syncing, 0, Lsn::ZERO)
+    );
+    b.kill();
+    b.open().unwrap();
+    assert_eq!(b.owner().status().data, DataState::Syncing);
+    begin_sync(&a, &mut b);
+    copy(&a, &mut b, 0, usize::try_from(DEVICE).unwrap());
+    ok(b.command(Command::FinishSync {
+        dirty_end: a.owner().status().dirty_end,
+    }));
+    catch_up(&mut a, &mut b);
+    b.settle();
+    a.settle();
+    assert_eq!(b.owner().status().data, DataState::Consistent);
+    assert!(disk(&a) == disk(&b));
+}
+
+#[test]
+fn log_that_does_not_continue_is_refused() {
+    let (mut a, mut b, mut load) = pair(12);
+    load.write(&mut a, true);
+    catch_up(&mut a, &mut b);
+    let view = a.owner().log_view().clone();
+    let start = view.segments.first().unwrap().start;
+    let mut reader = LogReader::open(a.store.clone(), &view, start).unwrap();
+    let chunk = loop {
+        match reader.next(&view, Lsn(u64::MAX), 1).unwrap() {
+            Next::Records(chunk) => break chunk,
+            Next::Epoch(_) => {}
+            Next::End => panic!("there is a record"),
+        }
+    };
+    let refused = b.command(Command::AcceptLog(chunk));
+    assert!(
+        matches!(refused, Some(Err(Refusal::NotContinuing { .. }))),
+        "{refused:?}"
+    );
+}
