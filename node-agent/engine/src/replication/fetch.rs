@@ -8,7 +8,7 @@ use crate::lineage::{EpochEntry, Lineage};
 use crate::replication::chunk::{ChunkError, LogChunk};
 use crate::replication::histories::{Fork, Relation, relate};
 use crate::replication::messages::{FetchItem, Followed, PeerStatus, Refused};
-use crate::types::{Designation, Lsn, Position, ReplicaId};
+use crate::types::{Designation, Lamport, Lsn, Position, ReplicaId};
 
 /// What the agent knows and wants, besides the replica's own state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -212,26 +212,32 @@ pub enum Leader {
 pub fn find_leader(wish: &Wish, members: &[Member]) -> Leader {
     let mut best: Option<Followed> = None;
     for candidate in candidates(members).filter(|candidate| counts(wish, candidate)) {
-        match &mut best {
-            None => best = Some(candidate),
-            Some(best) => match candidate.designation.number.cmp(&best.designation.number) {
-                std::cmp::Ordering::Greater => *best = candidate,
-                std::cmp::Ordering::Less => {}
-                std::cmp::Ordering::Equal if candidate.designation.id != best.designation.id => {
-                    return Leader::Ambiguous;
-                }
-                std::cmp::Ordering::Equal => {
-                    if candidate.durable.lsn > best.durable.lsn {
-                        *best = candidate;
-                    }
-                }
-            },
+        if let Some(best) = &best
+            && candidate.designation.number == best.designation.number
+            && candidate.designation.id != best.designation.id
+        {
+            return Leader::Ambiguous;
+        }
+        if best.as_ref().is_none_or(|best| standing(&candidate) > standing(best)) {
+            best = Some(candidate);
         }
     }
     match best.or_else(|| written_by_designated(wish, members)) {
         Some(leader) => Leader::Found(leader),
         None => Leader::None,
     }
+}
+
+/// What makes one claim to lead better than another: the designation, then the newest epoch (an old primary may know the newest
+/// designation without being the one it names), then the more recent report of the same history.
+fn standing(candidate: &Followed) -> (u64, Lamport, Lsn) {
+    let began = candidate
+        .lineage
+        .0
+        .last()
+        .map(|epoch| epoch.lamport)
+        .unwrap_or_default();
+    (candidate.designation.number, began, candidate.durable.lsn)
 }
 
 /// Every primary anybody has heard of.

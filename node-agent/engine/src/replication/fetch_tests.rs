@@ -231,6 +231,17 @@ fn a53_each_of_two_primaries_reports_the_fork() {
 }
 
 #[test]
+fn a56_an_old_primary_that_knows_the_newest_designation_is_not_taken_for_its_holder() {
+    // Its device is in use, so it is still primary, and it has more bytes than the new one.
+    let old = member(1, Role::Primary, 2, ONE, position(1, 900));
+    let new = member(2, Role::Primary, 2, &[(1, 0), (2, 80)], position(2, 300));
+    let me = own(&[(1, 0), (2, 80)], position(2, 200));
+    for members in [[old.clone(), new.clone()], [new, old]] {
+        assert_eq!(source(&decide(&me, &wish(2, None), &members)), (replica(2), None));
+    }
+}
+
+#[test]
 fn two_designations_with_one_number_are_never_chosen_between() {
     let one = member(1, Role::Primary, 3, ONE, position(1, 100));
     let mut two = member(2, Role::Primary, 3, &[(1, 0), (2, 50)], position(2, 100));

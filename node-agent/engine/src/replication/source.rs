@@ -31,6 +31,22 @@ pub trait LogReader: Send {
     -> Result<Option<LogChunk>, Refused>;
 }
 
+impl<R: LogReader + ?Sized> LogReader for Box<R> {
+    fn prove(&mut self, view: &LogView, at: Position) -> Result<(), Refused> {
+        (**self).prove(view, at)
+    }
+
+    fn read(
+        &mut self,
+        view: &LogView,
+        at: Position,
+        until: Lsn,
+        max_bytes: usize,
+    ) -> Result<Option<LogChunk>, Refused> {
+        (**self).read(view, at, until, max_bytes)
+    }
+}
+
 /// Decides from the histories alone whether a fetch may be tried.
 ///
 /// # Errors

@@ -69,39 +69,33 @@ pub fn sync_need(own: &ReplicaStatus, wish: &Wish, members: &[Member], log_stuck
     best.map_or(SyncNeed::NoSource, |member| SyncNeed::From(member.replica))
 }
 
-/// How a session starts.
-#[derive(Debug)]
-pub enum Beginning {
-    /// The log and the blocks already copied stay valid: go on at this device offset (bytes).
-    Resume(u64),
-    /// The local log starts anew at the source's applied position: give this command to the owner first.
-    Begin(Command),
+/// What to tell the owner before a session with `source`; afterwards its status says where the copy goes on.
+///
+/// The owner keeps the blocks already copied when the source's history makes that right. It cannot know that the log it would
+/// need next is gone at the source: then what is here is given up first.
+#[must_use]
+pub fn begin(own: &ReplicaStatus, source: ReplicaId, offer: &SyncOffer) -> Vec<Command> {
+    let begin = Command::BeginSync {
+        source,
+        start: offer.applied,
+        lineage: prefix(&offer.lineage, offer.applied),
+        size_bytes: offer.size_bytes,
+    };
+    let log_ends_too_early = !own.lineage.0.is_empty() && own.durable.lsn < offer.log_start;
+    if log_ends_too_early {
+        vec![Command::Invalidate, begin]
+    } else {
+        vec![begin]
+    }
 }
 
-/// Decides whether what is already here can be built upon.
-///
-/// It can when our log, which begins at our applied position, lies on the source's history, and the source's disk is not older than where our log
-/// begins: then each block copied earlier, from whomever, is still only behind by records that our log has.
+/// Where a copy goes on according to the owner (device offset, bytes); `None` when no copy is under way.
 #[must_use]
-pub fn begin(own: &ReplicaStatus, source: ReplicaId, offer: &SyncOffer) -> Beginning {
-    let same_history = !own.lineage.0.is_empty()
-        && !matches!(
-            relate((&own.lineage, own.durable), (&offer.lineage, offer.durable)),
-            Relation::Fork(_) | Relation::Differs { .. }
-        );
-    let resumable = same_history
-        && offer.applied.lsn >= own.applied.lsn
-        && own.durable.lsn >= offer.log_start
-        && own.sync.is_some_and(|sync| sync.total_bytes == offer.size_bytes);
-    match own.sync {
-        Some(sync) if resumable => Beginning::Resume(sync.done_bytes - sync.done_bytes % REGION_BYTES),
-        _ => Beginning::Begin(Command::BeginSync {
-            source,
-            start: offer.applied,
-            lineage: prefix(&offer.lineage, offer.applied),
-            size_bytes: offer.size_bytes,
-        }),
-    }
+pub fn resume_point(own: &ReplicaStatus) -> Option<u64> {
+    let sync = own
+        .sync
+        .filter(|sync| own.data == DataState::Syncing && sync.consistent_at.is_none())?;
+    Some(sync.done_bytes - sync.done_bytes % REGION_BYTES)
 }
 
 /// Identifies work under way.
@@ -162,6 +156,8 @@ pub struct SyncTarget {
     next_bytes: u64,
     /// Done without a gap up to here.
     done_bytes: u64,
+    /// Where this session began.
+    began_bytes: u64,
     /// Done and flushed up to here; `None` before the first checkpoint of this session.
     saved_bytes: Option<u64>,
     checkpoint_runs: bool,
@@ -210,6 +206,7 @@ impl SyncTarget {
             total_bytes,
             next_bytes: from_bytes,
             done_bytes: from_bytes,
+            began_bytes: from_bytes,
             saved_bytes: None,
             checkpoint_runs: false,
             end: EndState::Copying,
@@ -235,10 +232,16 @@ impl SyncTarget {
 
     /// The next thing to do; `None` while enough is under way.
     pub fn next_step(&mut self) -> Option<Step> {
-        if let Some(step) = self.checkpoint() {
-            return Some(step);
+        // A checkpoint flushes everything that was written: no write may be under way beside it.
+        let due = self.checkpoint_is_due();
+        if due && self.transfers == 0 && !self.checkpoint_runs {
+            self.checkpoint_runs = true;
+            return Some(Step::Checkpoint {
+                done_bytes: self.done_bytes,
+            });
         }
-        if self.transfers < MAX_TRANSFERS
+        if !due
+            && self.transfers < MAX_TRANSFERS
             && let Some(step) = self.waiting.pop_front()
         {
             self.transfers += 1;
@@ -263,17 +266,10 @@ impl SyncTarget {
         self.ending()
     }
 
-    fn checkpoint(&mut self) -> Option<Step> {
-        let saved = self.saved_bytes.unwrap_or(0);
+    fn checkpoint_is_due(&self) -> bool {
+        let saved = self.saved_bytes.unwrap_or(self.began_bytes);
         let complete = self.done_bytes == self.total_bytes && self.saved_bytes != Some(self.total_bytes);
-        let due = self.done_bytes.saturating_sub(saved) >= CHECKPOINT_BYTES;
-        if self.checkpoint_runs || !(due || complete) {
-            return None;
-        }
-        self.checkpoint_runs = true;
-        Some(Step::Checkpoint {
-            done_bytes: self.done_bytes,
-        })
+        self.checkpoint_runs || complete || self.done_bytes - saved >= CHECKPOINT_BYTES
     }
 
     fn ending(&mut self) -> Option<Step> {

@@ -253,6 +253,46 @@ fn a31_the_end_is_asked_only_after_the_last_block_is_flushed() {
 }
 
 #[test]
+fn a_checkpoint_runs_with_no_write_under_way_and_holds_new_writes_back() {
+    let span = usize::try_from(SPAN_BYTES / REGION_BYTES).unwrap();
+    let mut target = SyncTarget::new(4 * CHECKPOINT_BYTES, 0);
+    let mut transfers = Vec::new();
+    let checkpoint = loop {
+        match target.next_step() {
+            Some(Step::Compare { task, .. }) => {
+                let mut remote = vec![RegionDigest::Zero; span];
+                remote[0] = RegionDigest::Hash([1; 32]);
+                target
+                    .on_digests(task, &remote, &vec![RegionDigest::Zero; span])
+                    .unwrap();
+            }
+            Some(Step::Transfer { task, .. }) => transfers.push(task),
+            Some(Step::Checkpoint { done_bytes }) => break done_bytes,
+            Some(other) => panic!("{other:?}"),
+            None => target.on_done(transfers.remove(0)),
+        }
+    };
+    assert!(
+        transfers.is_empty(),
+        "the checkpoint came beside {} writes",
+        transfers.len()
+    );
+    assert!(checkpoint >= CHECKPOINT_BYTES);
+    while let Some(step) = target.next_step() {
+        let Step::Compare { task, .. } = step else {
+            panic!("{step:?} beside a checkpoint")
+        };
+        let mut remote = vec![RegionDigest::Zero; span];
+        remote[0] = RegionDigest::Hash([1; 32]);
+        target
+            .on_digests(task, &remote, &vec![RegionDigest::Zero; span])
+            .unwrap();
+    }
+    target.on_checkpoint(checkpoint);
+    assert!(matches!(target.next_step(), Some(Step::Transfer { .. })));
+}
+
+#[test]
 fn a_source_with_the_wrong_number_of_digests_or_foreign_ranges_is_refused() {
     let mut target = SyncTarget::new(1 << 20, 0);
     let Some(Step::Compare { task, .. }) = target.next_step() else {
@@ -288,40 +328,41 @@ fn a_source_with_the_wrong_number_of_digests_or_foreign_ranges_is_refused() {
 }
 
 #[test]
-fn a33_progress_is_kept_only_where_the_log_covers_what_changed_since() {
+fn a33_a_log_that_can_never_be_continued_is_given_up_before_a_session() {
     let me = syncing(300 << 10, 50, position(1, 90));
-    assert!(matches!(
-        begin(&me, replica(1), &offer(60, 100)),
-        Beginning::Resume(262_144)
-    ));
-    // A source whose disk is older than where our log begins lacks records that we do not have either.
-    assert!(matches!(begin(&me, replica(3), &offer(40, 100)), Beginning::Begin(_)));
-    // The source no longer keeps the log that we would need next.
+    let commands = begin(&me, replica(1), &offer(60, 100));
+    assert!(
+        matches!(commands.as_slice(), [Command::BeginSync { .. }]),
+        "{commands:?}"
+    );
     let gone = SyncOffer {
         log_start: Lsn(95),
         ..offer(96, 100)
     };
-    assert!(matches!(begin(&me, replica(1), &gone), Beginning::Begin(_)));
-    // Another history.
-    let other = SyncOffer {
-        lineage: lineage(&[(1, 0), (2, 70)]),
-        durable: position(2, 200),
-        ..offer(60, 0)
-    };
-    assert!(matches!(begin(&me, replica(2), &other), Beginning::Begin(_)));
-    // Handover meanwhile: the same history goes on.
+    let commands = begin(&me, replica(1), &gone);
+    assert!(
+        matches!(commands.as_slice(), [Command::Invalidate, Command::BeginSync { .. }]),
+        "{commands:?}"
+    );
+    // The history given to the owner ends where its log begins, even if the source is already in a later epoch.
     let later = SyncOffer {
         lineage: lineage(&[(1, 0), (2, 95)]),
         durable: position(2, 200),
         ..offer(60, 0)
     };
-    assert!(matches!(begin(&me, replica(2), &later), Beginning::Resume(_)));
-    let Beginning::Begin(Command::BeginSync { start, lineage, .. }) =
-        begin(&own(&[], Position::default()), replica(1), &later)
-    else {
-        panic!("a fresh target begins")
+    let commands = begin(&own(&[], Position::default()), replica(1), &later);
+    let [Command::BeginSync { start, lineage, .. }] = commands.as_slice() else {
+        panic!("{commands:?}")
     };
-    assert_eq!((start, lineage.0.len()), (position(1, 60), 1));
+    assert_eq!((*start, lineage.0.len()), (position(1, 60), 1));
+}
+
+#[test]
+fn a32_a_copy_goes_on_where_the_owner_says_and_only_while_one_is_under_way() {
+    let mut me = syncing(300 << 10, 50, position(1, 90));
+    assert_eq!(resume_point(&me), Some(262_144));
+    me.sync.as_mut().unwrap().consistent_at = Some(Lsn(70));
+    assert_eq!(resume_point(&me), None);
 }
 
 #[test]
