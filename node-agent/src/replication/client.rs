@@ -96,6 +96,6 @@ pub(super) async fn connect_bulk(shared: &Arc<Shared>, peer: &PeerAddress) -> Re
 }
 
 /// An answer to a single question may take this long: reading 16 MiB from a busy disk, and the way.
-pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_mins(1);
 /// A stream that says nothing for this long is dead: sources send something every second.
 pub(super) const SILENCE_LIMIT: Duration = KEEPALIVE_LIMIT;

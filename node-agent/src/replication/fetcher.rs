@@ -205,7 +205,9 @@ impl Pending {
         let mut order: BoxFuture<'static, (u64, Reply)> = Box::pin(async move { (bytes, order.await) });
         // Polled once right here: that is what puts it into the owner's mailbox, behind its predecessor.
         match futures::poll!(&mut order) {
-            Poll::Ready((_, reply)) => drop(reply?),
+            Poll::Ready((_, reply)) => {
+                reply?;
+            }
             Poll::Pending => {
                 self.bytes += bytes;
                 self.orders.push_back(order);

@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use uuid::Uuid;
 
 /// Decisions are made at most this often, and at least every second (reachability ends with time).
 const DECISION_PAUSE: Duration = Duration::from_millis(20);
@@ -61,6 +62,8 @@ pub struct ReplicationStatus {
     pub fetched_bytes: u64,
     /// Bytes of payload received since the start.
     pub synced_bytes: u64,
+    /// The last fake sync that was carried out.
+    pub fake_synced: Option<Uuid>,
     /// Why the last session failed, if none has succeeded since.
     pub problem: Option<String>,
 }
@@ -89,7 +92,7 @@ impl Follower {
 }
 
 /// Starts to follow.
-pub(super) fn start(shared: Arc<Shared>, entry: Arc<Entry>, stop: CancellationToken) -> Follower {
+pub(super) fn start(shared: &Arc<Shared>, entry: Arc<Entry>, stop: CancellationToken) -> Follower {
     let (publish, status) = watch::channel(Arc::default());
     let (events, ended) = mpsc::channel(4);
     let driver = Driver {
@@ -111,6 +114,7 @@ pub(super) fn start(shared: Arc<Shared>, entry: Arc<Entry>, stop: CancellationTo
         unprovable: None,
         problem: None,
         leader: None,
+        fake_synced: None,
     };
     let done = shared.tasks.spawn(driver.run(ended));
     Follower { status, stop, done }
@@ -119,7 +123,8 @@ pub(super) fn start(shared: Arc<Shared>, entry: Arc<Entry>, stop: CancellationTo
 /// How a session ended.
 enum Ended {
     Fetch(Result<(), FetchError>),
-    Sync(Result<(), SyncError>),
+    /// With the id of the fake sync that it carried out.
+    Sync(Result<(), SyncError>, Option<Uuid>),
 }
 
 /// What a fetch session rests on: another one, and it must be opened anew.
@@ -175,6 +180,7 @@ struct Driver {
     unprovable: Option<(Position, Refused)>,
     problem: Option<String>,
     leader: Option<Followed>,
+    fake_synced: Option<Uuid>,
 }
 
 impl Driver {
@@ -281,6 +287,11 @@ impl Driver {
         let Some(source) = wanted else { return };
         let Some(peer) = self.startable(source) else { return };
         let (begun, is_begun) = watch::channel(false);
+        let fake = self
+            .entry
+            .now_known()
+            .fake_sync
+            .filter(|id| self.fake_synced != Some(*id));
         let stop = self.stop.child_token();
         let syncer = Syncer {
             shared: self.shared.clone(),
@@ -289,6 +300,7 @@ impl Driver {
             meter: self.sync_meter.clone(),
             throttle: self.sync_throttle.clone(),
             begun,
+            fake: fake.is_some(),
         };
         // While the local log is about to begin elsewhere, nothing may be appended to it.
         if let Some(fetch) = &self.fetch {
@@ -296,11 +308,9 @@ impl Driver {
         }
         let (events, token) = (self.events.clone(), stop.clone());
         self.sessions.spawn(async move {
-            if let Some(result) = token.run_until_cancelled(syncer.run()).await {
-                let _ = events.send(Ended::Sync(result)).await;
-            } else {
-                let _ = events.send(Ended::Sync(Ok(()))).await;
-            }
+            let result = token.run_until_cancelled(syncer.run()).await;
+            let fake = fake.filter(|_| matches!(result, Some(Ok(()))));
+            let _ = events.send(Ended::Sync(result.unwrap_or(Ok(())), fake)).await;
         });
         self.sync = Some(Running {
             key: SyncRun {
@@ -374,7 +384,8 @@ impl Driver {
                     source,
                 )
             }
-            Ended::Sync(result) => {
+            Ended::Sync(result, fake) => {
+                self.fake_synced = fake.or(self.fake_synced);
                 let source = self.sync.take().map(|running| running.key.source);
                 (
                     self.entry.resource,
@@ -447,6 +458,7 @@ impl Driver {
             sync_bytes_per_s: self.sync_meter.rate(),
             fetched_bytes: self.fetch_meter.total(),
             synced_bytes: self.sync_meter.total(),
+            fake_synced: self.fake_synced,
             problem: self.problem.clone(),
         };
         self.publish.send_if_modified(|present| {

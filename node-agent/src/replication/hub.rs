@@ -196,7 +196,7 @@ impl Hub {
             }
             all.insert(resource, served);
         }
-        Ok(follower::start(self.shared.clone(), entry, stop))
+        Ok(follower::start(&self.shared, entry, stop))
     }
 
     /// The clock that stamps messages.

@@ -67,7 +67,7 @@ pub(super) async fn send_statuses<T>(
         }
         tokio::time::sleep(STATUS_PAUSE).await;
         tokio::select! {
-            changed = changes.changed() => if changed.is_err() { return },
+            next = changes.changed() => if next.is_err() { return },
             () = tokio::time::sleep(heartbeat) => {}
             () = sink.closed() => return,
         }

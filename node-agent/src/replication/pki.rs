@@ -19,11 +19,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// How long an authority is valid.
-pub const CA_VALIDITY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+pub const CA_VALIDITY: Duration = Duration::from_hours(10 * 365 * 24);
 /// How long a node certificate is valid unless asked otherwise.
-pub const NODE_VALIDITY: Duration = Duration::from_secs(365 * 24 * 3600);
+pub const NODE_VALIDITY: Duration = Duration::from_hours(365 * 24);
 /// Certificates are valid from a little before they are made: clocks differ.
-const BACKDATED: Duration = Duration::from_secs(3600);
+const BACKDATED: Duration = Duration::from_hours(1);
 
 /// Why certificates could not be made or stored.
 #[derive(Debug, thiserror::Error)]

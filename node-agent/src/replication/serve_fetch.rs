@@ -73,21 +73,21 @@ pub(super) fn start(
     if lanes > 1 {
         served.lanes.open(stream, to, messages.clone());
     }
-    let server = served.clone();
+    let host = served.clone();
     served.tasks.spawn(async move {
         let mut producer = Producer {
-            entry: server.entry.clone(),
+            entry: host.entry.clone(),
             sink,
             index: 0,
             compression: open.compression,
         };
-        let ended = server.stop.run_until_cancelled(producer.run(to, peer, open)).await;
+        let ended = host.stop.run_until_cancelled(producer.run(to, peer, open)).await;
         if let Some(Err(refused)) = ended {
-            let resource = server.entry.resource;
+            let resource = host.entry.resource;
             tracing::info!(%resource, peer = %to, %refused, "a fetch from here ended");
-            let _ = server.stop.run_until_cancelled(producer.send_refusal(refused)).await;
+            let _ = host.stop.run_until_cancelled(producer.send_refusal(refused)).await;
         }
-        server.lanes.close(stream);
+        host.lanes.close(stream);
     });
     messages
 }

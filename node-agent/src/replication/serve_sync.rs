@@ -22,7 +22,7 @@ const MOST_READS: usize = 4;
 /// Targets at a time.
 const MOST_SESSIONS: usize = 16;
 /// A session nobody asks for this long is forgotten.
-const SESSION_IDLE: Duration = Duration::from_secs(600);
+const SESSION_IDLE: Duration = Duration::from_mins(10);
 
 struct Session {
     target: ReplicaId,

@@ -57,6 +57,8 @@ pub(super) struct Syncer {
     pub(super) throttle: Arc<Throttle>,
     /// Set once the owner's log begins where this sync wants it: from then on log may be fetched beside the copy.
     pub(super) begun: watch::Sender<bool>,
+    /// Compare nothing: an administrator says that the data is equal.
+    pub(super) fake: bool,
 }
 
 /// What tasks share.
@@ -107,7 +109,10 @@ impl Syncer {
         self.begun.send_replace(true);
         let port = self.entry.port.clone();
         let disk = spawn_blocking(move || port.open_data()).await??;
-        tracing::info!(resource = %self.entry.resource, source = %self.peer.replica, from_bytes, total_bytes, "sync begins");
+        let from_bytes = if self.fake { total_bytes } else { from_bytes };
+        tracing::info!(
+            resource = %self.entry.resource, source = %self.peer.replica, from_bytes, total_bytes, fake = self.fake, "sync begins"
+        );
         let context = Arc::new(Context {
             entry: self.entry.clone(),
             source: self.peer.replica,
@@ -191,8 +196,8 @@ async fn drive(context: Arc<Context>, mut target: SyncTarget) -> Result<(), Sync
 }
 
 impl Context {
-    fn header(&self) -> Option<pb::Header> {
-        Some((&self.entry.header(self.source)).into())
+    fn header(&self) -> pb::Header {
+        (&self.entry.header(self.source)).into()
     }
 
     /// Tasks take the connections in turn.
@@ -207,7 +212,7 @@ impl Context {
         let local = async { Ok::<_, SyncError>(spawn_blocking(move || region_digests(disk.as_ref(), span)).await??) };
         let remote = async {
             let request = pb::DigestsRequest {
-                header: self.header(),
+                header: Some(self.header()),
                 session: self.session,
                 span: Some(span.into()),
             };
@@ -238,7 +243,7 @@ impl Context {
         let wants = wants.await??;
         let known = self.entry.now_known();
         let request = pb::BlocksRequest {
-            header: self.header(),
+            header: Some(self.header()),
             session: self.session,
             regions: wants.iter().map(wire::want_out).collect(),
             compression: wire::compression_out(known.compression),
@@ -257,7 +262,7 @@ impl Context {
             regions_left = regions_left
                 .checked_sub(1)
                 .ok_or(Malformed("more regions than asked for"))?;
-            self.write(&regions, message.runs, known.sync_bytes_per_s).await?;
+            self.write(&regions, &message.runs, known.sync_bytes_per_s).await?;
         }
         if regions_left > 0 {
             return Err(Malformed("fewer regions than asked for").into());
@@ -268,11 +273,11 @@ impl Context {
     async fn write(
         &self,
         regions: &[(ByteRange, bool)],
-        runs: Vec<pb::BlockRun>,
+        runs: &[pb::BlockRun],
         limit: Option<u64>,
     ) -> Result<(), SyncError> {
         let moved: u64 = runs.iter().map(|run| run.data.len() as u64).sum();
-        let runs = runs.into_iter().map(wire::run_in).collect::<Result<Vec<_>, _>>()?;
+        let runs = runs.iter().map(wire::run_in).collect::<Result<Vec<_>, _>>()?;
         let writes = writes_of(regions, runs).map_err(SyncError::Unasked)?;
         try_join_all(writes.into_iter().map(|write| self.entry.port.command(write))).await?;
         self.meter.add(moved);
@@ -283,7 +288,7 @@ impl Context {
     async fn end(&self) -> Result<SyncEnd, SyncError> {
         use pb::sync_end_reply::Result as Reply;
         let request = pb::SyncEndRequest {
-            header: self.header(),
+            header: Some(self.header()),
             session: self.session,
         };
         let mut client = self.connection(0).client;

@@ -131,7 +131,8 @@ pub fn client_config(credentials: &Credentials, expected: PeerIdentity) -> Resul
     Ok(config)
 }
 
-fn rejected(reason: String) -> Error {
+fn rejected(reason: impl AsRef<str>) -> Error {
+    let reason = reason.as_ref();
     tracing::warn!(reason, "a peer's certificate was refused");
     Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)
 }

@@ -572,7 +572,7 @@ pub(super) fn run_out(run: BlockRun, compression: Compression) -> pb::BlockRun {
 ///
 /// # Errors
 /// [`ItemError`].
-pub(super) fn run_in(run: pb::BlockRun) -> Result<BlockRun, ItemError> {
+pub(super) fn run_in(run: &pb::BlockRun) -> Result<BlockRun, ItemError> {
     let range = range(run.range.as_ref())?;
     if run.zero {
         return Ok(BlockRun { range, data: None });

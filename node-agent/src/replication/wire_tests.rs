@@ -173,7 +173,7 @@ fn records_and_blocks_arrive_compressed_or_not() {
             },
             data: Some(vec![7; 8192].into()),
         };
-        assert_eq!(run_in(run_out(run.clone(), compression)).unwrap(), run);
+        assert_eq!(run_in(&run_out(run.clone(), compression)).unwrap(), run);
     }
     let zeros = BlockRun {
         range: ByteRange {
@@ -182,7 +182,7 @@ fn records_and_blocks_arrive_compressed_or_not() {
         },
         data: None,
     };
-    assert_eq!(run_in(run_out(zeros.clone(), Compression::Lz4)).unwrap(), zeros);
+    assert_eq!(run_in(&run_out(zeros.clone(), Compression::Lz4)).unwrap(), zeros);
 }
 
 #[test]
@@ -195,12 +195,12 @@ fn block_runs_and_wants_that_lie_about_their_length_are_refused() {
         Compression::None,
     );
     run.range = Some(pb::Range { offset: 0, len: 8192 });
-    assert!(run_in(run.clone()).is_err());
+    assert!(run_in(&run).is_err());
     run.range = Some(pb::Range {
         offset: 0,
         len: 1 << 40,
     });
-    assert!(run_in(run).is_err());
+    assert!(run_in(&run).is_err());
     let want = pb::RegionWant {
         range: Some(pb::Range { offset: 0, len: 8192 }),
         have: vec![0; 33].into(),

@@ -194,14 +194,14 @@ impl SyncTarget {
     /// A session over a device of `total_bytes` that goes on at `from_bytes`.
     ///
     /// # Panics
-    /// When `from_bytes` is not a region boundary.
+    /// When `from_bytes` is neither a region boundary nor the end.
     #[must_use]
     pub fn new(total_bytes: u64, from_bytes: u64) -> Self {
+        let from_bytes = from_bytes.min(total_bytes);
         assert!(
-            from_bytes.is_multiple_of(REGION_BYTES),
+            from_bytes.is_multiple_of(REGION_BYTES) || from_bytes == total_bytes,
             "a sync resumes at a region boundary"
         );
-        let from_bytes = from_bytes.min(total_bytes - total_bytes % REGION_BYTES);
         Self {
             total_bytes,
             next_bytes: from_bytes,
