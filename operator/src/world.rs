@@ -4,9 +4,9 @@
 //! by whoever observed. A world that is not `fresh` (it may come from a watch cache) never leads to a decision.
 
 use jiff::Timestamp;
-use mars_crds::common::DesignationRef;
+use mars_crds::common::{DesignationRef, HistoryPosition};
 use mars_crds::node::FoundReplica;
-use mars_crds::replica::{Fork, Refused, Released, User};
+use mars_crds::replica::{Epoch, Fork, Refused, Released, User};
 use mars_crds::{ActualRole, MarsAction, MarsNode, MarsReplica, MarsResource, ReplicaData};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -152,7 +152,9 @@ pub struct Report {
     /// Forks it has found.
     pub forks: Vec<Fork>,
     /// End of its durable log.
-    pub durable_lsn: Option<i64>,
+    pub durable: Option<HistoryPosition>,
+    /// Its history, oldest epoch first.
+    pub lineage: Vec<Epoch>,
     /// Lag it reports itself (bytes).
     pub lag_bytes: Option<i64>,
     /// Whether it has data that nothing may be put in place of.
@@ -170,6 +172,26 @@ impl Report {
     #[must_use]
     pub fn holds(&self, token: DesignationRef) -> bool {
         self.primary_under == Some(token) || (self.role == Some(ActualRole::Primary) && self.designation == Some(token))
+    }
+
+    /// End of its durable log, as a number.
+    #[must_use]
+    pub fn durable_lsn(&self) -> Option<i64> {
+        self.durable.as_ref().map(|position| position.lsn)
+    }
+
+    /// Whether, by what both report, the end of `other` lies in this history. `None`: not enough is known.
+    ///
+    /// Epochs and positions only: the chain is proven between the agents, before a byte is applied.
+    #[must_use]
+    pub fn contains_end_of(&self, other: &Report) -> Option<bool> {
+        let end = other.durable.as_ref()?;
+        if self.lineage.is_empty() {
+            return None;
+        }
+        let index = self.lineage.iter().position(|epoch| epoch.epoch == end.epoch);
+        let next = index.and_then(|index| self.lineage.get(index + 1));
+        Some(index.is_some() && next.is_none_or(|next| end.lsn <= next.parent.lsn))
     }
 
     /// Names the users of the device, for people.
@@ -239,7 +261,8 @@ fn from_object(world: &World, replica: &MarsReplica) -> Report {
         refused: status.refused,
         opened_by: status.opened_by,
         forks: status.forks,
-        durable_lsn: status.positions.map(|positions| positions.durable.lsn),
+        durable: status.positions.map(|positions| positions.durable),
+        lineage: status.lineage,
         lag_bytes: status.lag.map(|lag| lag.bytes),
         has_history: has_history || spec.established,
     }
@@ -260,7 +283,8 @@ fn from_inventory(world: &World, node: &str, found: &FoundReplica) -> Report {
         refused: None,
         opened_by: Vec::new(),
         forks: Vec::new(),
-        durable_lsn: None,
+        durable: None,
+        lineage: Vec::new(),
         lag_bytes: None,
         has_history: !blank,
     }

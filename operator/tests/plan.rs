@@ -46,7 +46,13 @@ fn run(file: &str, text: &str) {
             failures.push(format!("{}:\n{message}", case.name));
         }
     }
-    assert!(failures.is_empty(), "{file}: {} of {} cases\n{}", failures.len(), cases.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{file}: {} of {} cases\n{}",
+        failures.len(),
+        cases.len(),
+        failures.join("\n")
+    );
 }
 
 fn check(case: &Case) -> Result<(), String> {
@@ -73,7 +79,10 @@ fn check(case: &Case) -> Result<(), String> {
         let condition = conditions::get(&status.conditions, type_).ok_or_else(|| format!("  no condition {type_}"))?;
         let found = format!("{} {}", condition.status, condition.reason);
         if found != *expected {
-            return Err(format!("  {type_} is {found} ({}), expected {expected}", condition.message));
+            return Err(format!(
+                "  {type_} is {found} ({}), expected {expected}",
+                condition.message
+            ));
         }
     }
     for (type_, words) in &case.says {
@@ -88,7 +97,13 @@ fn check(case: &Case) -> Result<(), String> {
     let events: Vec<&str> = plan
         .intents
         .iter()
-        .filter_map(|intent| if let Intent::EmitEvent(note) = intent { Some(note.reason.as_str()) } else { None })
+        .filter_map(|intent| {
+            if let Intent::EmitEvent(note) = intent {
+                Some(note.reason.as_str())
+            } else {
+                None
+            }
+        })
         .collect();
     if let Some(event) = case.events.iter().find(|event| !events.contains(&event.as_str())) {
         return Err(format!("  no event {event}: {events:?}"));

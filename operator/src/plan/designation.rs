@@ -162,6 +162,10 @@ fn follow_wish(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut(
             }
         }
         None => create(context, draft, &wish, new_id),
+        // Whoever was to begin has refused, and nobody has data: somebody else may begin.
+        Some(designation) if designation.source == DesignationSource::Create && !context.holder_has_taken_over() => {
+            create(context, draft, &wish, new_id);
+        }
         Some(designation) => match hand_over(context, designation, &wish) {
             Ok(proposal) => record(context, draft, new_id, proposal),
             Err(note) => refuse(context, draft, &wish, note),
@@ -381,10 +385,18 @@ fn may_follow(context: &Context<'_>, before: Uuid, successor: &Report) -> Result
             ),
         });
     }
-    let by_positions = before
-        .durable_lsn
-        .zip(successor.durable_lsn)
-        .map(|(end, here)| (end - here).max(0));
+    if before.contains_end_of(successor) == Some(false) {
+        return Err(Note {
+            reason: Reason::SplitBrain,
+            message: format!(
+                "the history of {} is not known to be a part of that of {}: wait until it has fetched; if it has \
+                 forked, let it sync again with a MarsAction Invalidate",
+                successor.node, before.node
+            ),
+        });
+    }
+    let ends = before.durable_lsn().zip(successor.durable_lsn());
+    let by_positions = ends.map(|(end, here)| (end - here).max(0));
     let behind = successor.lag_bytes.or(by_positions);
     if behind.is_none_or(|behind| behind > context.world.settings.handover_lag_bytes) {
         let amount = behind.map_or_else(|| "an unknown amount".to_owned(), |bytes| format!("{bytes} bytes"));

@@ -1,6 +1,8 @@
 //! A settled resource on three nodes, and patches to it.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod model;
+
 use jiff::Timestamp;
 use mars_crds::{MarsAction, MarsReplica, MarsResource};
 use mars_operator::{NodeView, Settings, World};
@@ -36,7 +38,9 @@ pub(crate) fn expand(text: &str) -> String {
 
 /// JSON merge patch (RFC 7396).
 pub(crate) fn patched(base: &Value, patch: &Value) -> Value {
-    let Value::Object(fields) = patch else { return patch.clone() };
+    let Value::Object(fields) = patch else {
+        return patch.clone();
+    };
     let mut result = base.as_object().cloned().unwrap_or_default();
     for (name, value) in fields {
         if value.is_null() {
@@ -49,7 +53,7 @@ pub(crate) fn patched(base: &Value, patch: &Value) -> Value {
     Value::Object(result)
 }
 
-fn decode<T: DeserializeOwned>(what: &str, value: Value) -> T {
+fn decode<T: DeserializeOwned>(what: &str, value: &Value) -> T {
     serde_json::from_value(value.clone()).unwrap_or_else(|error| panic!("{what}: {error}: {value}"))
 }
 
@@ -68,7 +72,8 @@ fn replica(node: &str) -> Value {
     let peers: Vec<Value> = NODES.iter().filter(|other| **other != node).map(|other| json!({
         "node": other, "nodeUuid": format!("$N{}", other.to_uppercase()), "replicaUuid": format!("$R{}", other.to_uppercase()),
         "address": format!("{other}.example:7777")})).collect();
-    let epoch = json!({"epoch": "$E1", "parent": {"epoch": "$E0", "lsn": 0, "chain": ""}, "origin": "$RA", "cause": "Create"});
+    let epoch =
+        json!({"epoch": "$E1", "parent": {"epoch": "$E0", "lsn": 0, "chain": ""}, "origin": "$RA", "cause": "Create"});
     let mut value = json!({
         "apiVersion": "mars.storage/v1alpha1", "kind": "MarsReplica",
         "metadata": {"name": format!("mydata.{node}"), "generation": 2, "resourceVersion": "200", "finalizers": ["mars.storage/agent"]},
@@ -116,7 +121,11 @@ pub(crate) fn world(given: &Value) -> World {
     let resource = part("/resource".into(), resource()).expect("a resource");
     let mut names: Vec<String> = NODES.iter().map(|node| (*node).to_owned()).collect();
     for key in ["nodes", "replicas"] {
-        let extra = given.get(key).and_then(Value::as_object).into_iter().flat_map(|map| map.keys().cloned());
+        let extra = given
+            .get(key)
+            .and_then(Value::as_object)
+            .into_iter()
+            .flat_map(|map| map.keys().cloned());
         names.extend(extra.collect::<Vec<_>>());
     }
     names.sort();
@@ -127,26 +136,40 @@ pub(crate) fn world(given: &Value) -> World {
         if let Some(value) = part(format!("/replicas/{name}"), replica(name))
             && (NODES.contains(&name.as_str()) || given.pointer(&format!("/replicas/{name}")).is_some())
         {
-            replicas.push(decode::<MarsReplica>(name, value));
+            replicas.push(decode::<MarsReplica>(name, &value));
         }
-        let view = part(format!("/nodes/{name}"), node(name)).map_or_else(NodeView::default, |value| decode(name, value));
+        let view =
+            part(format!("/nodes/{name}"), node(name)).map_or_else(NodeView::default, |value| decode(name, &value));
         nodes.insert(name.clone(), view);
     }
     let action = |patch: &Value| {
         let base = json!({"apiVersion": "mars.storage/v1alpha1", "kind": "MarsAction",
             "metadata": {"name": "act", "generation": 1, "resourceVersion": "400"}, "spec": {"resource": "mydata"}});
-        decode::<MarsAction>("action", patched(&base, patch))
+        decode::<MarsAction>("action", &patched(&base, patch))
     };
     World {
-        now: given.get("now").and_then(Value::as_str).unwrap_or(NOW).parse::<Timestamp>().expect("a time"),
+        now: given
+            .get("now")
+            .and_then(Value::as_str)
+            .unwrap_or(NOW)
+            .parse::<Timestamp>()
+            .expect("a time"),
         fresh: given.get("fresh").and_then(Value::as_bool).unwrap_or(true),
-        resource: decode::<MarsResource>("resource", resource),
+        resource: decode::<MarsResource>("resource", &resource),
         replicas,
         nodes,
-        actions: given.get("actions").and_then(Value::as_array).into_iter().flatten().map(action).collect(),
-        undecodable: patch("/undecodable").map(|list| decode("undecodable", list)).unwrap_or_default(),
-        positions_written: patch("/positionsWritten").map(|time| decode("positionsWritten", time)),
-        settings: patch("/settings").map_or_else(Settings::default, |value| decode("settings", value)),
+        actions: given
+            .get("actions")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .map(action)
+            .collect(),
+        undecodable: patch("/undecodable")
+            .map(|list| decode("undecodable", &list))
+            .unwrap_or_default(),
+        positions_written: patch("/positionsWritten").map(|time| decode("positionsWritten", &time)),
+        settings: patch("/settings").map_or_else(Settings::default, |value| decode("settings", &value)),
     }
 }
 

@@ -155,5 +155,5 @@ fn best<'a>(context: &'a Context<'_>, holder: &Report) -> Option<&'a Report> {
     candidates
         .filter_map(|member| may_succeed(context, &member.node).ok())
         .filter(|report| report.forks.is_empty())
-        .max_by_key(|report| (report.node == wished, report.durable_lsn))
+        .max_by_key(|report| (report.node == wished, report.durable_lsn()))
 }

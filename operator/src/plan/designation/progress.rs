@@ -201,16 +201,19 @@ fn give_up(context: &Context<'_>, designation: &Designation, before: &Report) ->
     {
         return Some((Reason::SuccessorNotReady, note.message));
     }
+    let started = designation.time.as_ref().map_or(0, |time| time.0.as_second());
+    let elapsed = context.world.now.as_second() - started;
+    let settings = &context.world.settings;
     let has_read = before.designation == Some(token);
-    if has_read && before.role == Some(ActualRole::Secondary) && before.released.is_none() {
+    let restarted = has_read && before.role == Some(ActualRole::Secondary) && before.released.is_none();
+    if restarted && elapsed > settings.liveness_seconds {
         return Some((
             Reason::HandoverAborted,
             format!("{node} has restarted and is secondary without having closed"),
         ));
     }
-    let started = designation.time.as_ref().map_or(0, |time| time.0.as_second());
-    let limit = context.world.settings.handover_timeout_seconds;
-    let overdue = context.world.now.as_second() - started > limit;
+    let limit = settings.handover_timeout_seconds;
+    let overdue = elapsed > limit;
     overdue.then(|| {
         (
             Reason::HandoverAborted,
@@ -227,15 +230,9 @@ fn promoting(
     before: &Predecessor,
 ) -> bool {
     let node = &designation.node;
-    let token = designation.token();
     let report = context.holder();
-    let refused = report.and_then(|report| report.refused.as_ref()).filter(|refused| {
-        refused.order == RefusedOrder::Promote
-            && refused.durable
-            && (refused.number, refused.uuid) == (token.number, token.uuid)
-    });
-    if let Some(refused) = refused {
-        let message = format!("{node} has refused for good: {}", refused.reason);
+    if let Some(reason) = refusal(context, designation) {
+        let message = format!("{node} has refused for good: {reason}");
         draft.switching = Some(Note {
             reason: Reason::HandoverAborted,
             message: message.clone(),
@@ -276,30 +273,49 @@ fn promoting(
     true
 }
 
-/// Create, Failover and the like: granted, and not taken yet. A later wish has to wait, an acknowledged failover has not.
+/// Create, Failover and the like: granted, and not taken yet. A wish has to wait, an acknowledged failover has not.
 fn waits_for_holder(context: &Context<'_>, draft: &mut Draft, designation: &Designation) -> bool {
-    if designation.node.is_empty() {
+    let node = &designation.node;
+    if node.is_empty() {
         return false;
     }
-    let node = &designation.node;
+    let source = designation.source;
     let heard = context.holder().is_some_and(|holder| holder.heard);
-    let waiting = if heard {
-        let message = format!(
-            "{node} is designated ({:?}) and starts; nothing to do",
-            designation.source
-        );
-        Note {
+    let waiting = match refusal(context, designation) {
+        Some(reason) => Note {
+            reason: Reason::SuccessorNotReady,
+            message: format!(
+                "{node} is designated ({source:?}) and has refused for good: {reason}; choose another member with \
+                 {}",
+                if source == DesignationSource::Create {
+                    "spec.primary"
+                } else {
+                    "a MarsAction Failover"
+                }
+            ),
+        },
+        None if heard => Note {
             reason: Reason::Promoting,
-            message,
-        }
-    } else {
-        Note {
+            message: format!("{node} is designated ({source:?}) and starts; nothing to do"),
+        },
+        None => Note {
             reason: Reason::SuccessorNotReady,
             message: format!(
                 "{node} is designated and silent: bring it back, or use a MarsAction Failover to another member"
             ),
-        }
+        },
     };
     draft.switching = Some(waiting);
-    true
+    let refused_to_begin = source == DesignationSource::Create && refusal(context, designation).is_some();
+    !(refused_to_begin && context.reports.iter().all(|report| !report.has_history))
+}
+
+/// Why the designated replica will never take the role under this designation, if it has said so for good.
+fn refusal<'a>(context: &'a Context<'_>, designation: &Designation) -> Option<&'a str> {
+    let refused = context.holder()?.refused.as_ref()?;
+    let token = designation.token();
+    let matches = refused.order == RefusedOrder::Promote
+        && refused.durable
+        && (refused.number, refused.uuid) == (token.number, token.uuid);
+    matches.then_some(refused.reason.as_str())
 }
