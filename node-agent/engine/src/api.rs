@@ -20,7 +20,7 @@ pub struct Now {
 }
 
 /// A block request of the device. Offsets and lengths are multiples of [`SECTOR_BYTES`](crate::types::SECTOR_BYTES).
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub enum Io<'a> {
     /// Read `range`.
     Read {

@@ -124,7 +124,7 @@ mod tests {
     use crate::api::{Compression, Durability, Tuning};
     use crate::log::TailClass;
     use crate::store::SegmentName;
-    use crate::types::{Designation, Lamport, ReplicaId};
+    use crate::types::{ClusterId, Designation, Lamport, ReplicaId, ResourceId};
     use uuid::Uuid;
 
     fn epoch(id: u128, parent: Position) -> EpochEntry {
@@ -155,7 +155,7 @@ mod tests {
             retention_bytes: 0,
         };
         let mut saved = SavedState::new(
-            (Default::default(), Default::default(), Default::default()),
+            (ClusterId::default(), ResourceId::default(), ReplicaId::default()),
             Uuid::nil(),
             1 << 20,
             tuning,

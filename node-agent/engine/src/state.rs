@@ -188,7 +188,12 @@ mod tests {
             segment_bytes: 1 << 20,
             retention_bytes: 0,
         };
-        SavedState::new(Default::default(), Uuid::nil(), 1 << 20, tuning)
+        SavedState::new(
+            (ClusterId::default(), ResourceId::default(), ReplicaId::default()),
+            Uuid::nil(),
+            1 << 20,
+            tuning,
+        )
     }
 
     #[test]

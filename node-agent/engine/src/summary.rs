@@ -222,7 +222,9 @@ mod tests {
         #[test]
         fn the_extents_cover_every_touched_byte(ranges in prop::collection::vec((0..400_u64, 1..40_u64), 0..60)) {
             let mut touched = Touched::default();
-            ranges.iter().for_each(|(offset, len)| touched.record(&write(*offset, *len)));
+            for (offset, len) in &ranges {
+                touched.record(&write(*offset, *len));
+            }
             let extents = touched.extents();
             for byte in 0..450 {
                 let wanted = ranges.iter().any(|(offset, len)| (*offset..offset + len).contains(&byte));

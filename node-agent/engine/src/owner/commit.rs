@@ -115,7 +115,11 @@ impl<S: Store> Owner<S> {
 
     /// Issues a sync when one is due.
     pub(super) fn step_commit(&mut self) {
-        if self.commit.in_flight || self.repair.is_some() || !self.log.needs_sync() {
+        if self.commit.in_flight || self.repair.is_some() {
+            return;
+        }
+        if !self.log.needs_sync() {
+            self.commit.due = None;
             return;
         }
         let uncovered = self.log.appended().lsn.bytes_since(self.commit.issued);

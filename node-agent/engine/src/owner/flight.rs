@@ -100,7 +100,7 @@ impl<S: Store> Owner<S> {
 
     fn launch(&mut self) {
         let end = self.replay.cursor();
-        if end.lsn <= self.saved.applied.lsn {
+        if end.lsn <= self.saved.applied.lsn || self.is_discarding_log() {
             self.flight.due = None;
             return;
         }
@@ -111,7 +111,7 @@ impl<S: Store> Owner<S> {
             || self.is_under_pressure()
             || self.requests.has_held()
             || self.wants_all_applied();
-        if !wanted || self.is_discarding_log() {
+        if !wanted {
             return;
         }
         self.flight.due = None;

@@ -10,7 +10,7 @@ use crate::lineage::EpochEntry;
 use crate::log::AppendError;
 use crate::replication::LogChunk;
 use crate::store::Store;
-use crate::types::Position;
+use crate::types::{Lamport, Position};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -30,6 +30,14 @@ enum Item {
         id: CommandId,
         entry: EpochEntry,
     },
+}
+
+impl Item {
+    fn id(&self) -> CommandId {
+        match self {
+            Item::Chunk { id, .. } | Item::Epoch { id, .. } => *id,
+        }
+    }
 }
 
 /// What came and is not appended yet.
@@ -100,30 +108,24 @@ impl<S: Store> Owner<S> {
     /// Nothing that waits will be appended any more: the log is thrown away, or the role changes.
     pub(super) fn refuse_inbound(&mut self, hint: &'static str) {
         for item in std::mem::take(&mut self.inbound.waiting) {
-            let (Item::Chunk { id, .. } | Item::Epoch { id, .. }) = item;
-            self.refuse(id, Refusal::WrongRole { role: self.role, hint });
+            self.refuse(item.id(), Refusal::WrongRole { role: self.role, hint });
         }
     }
 
     pub(super) fn step_inbound(&mut self) {
         while self.repair.is_none() && self.log.unsynced_bytes() < MAX_UNSYNCED_BYTES {
-            let Some(item) = self.inbound.waiting.pop_front() else {
+            let Some(mut item) = self.inbound.waiting.pop_front() else {
                 return;
             };
-            let result = match item {
-                Item::Epoch { id, entry } => self.take_epoch(id, entry),
-                Item::Chunk { id, records, end } => self.take_records(id, records, end),
-            };
-            match result {
-                Ok(()) => {}
-                Err((item, error @ (AppendError::NeedSegment | AppendError::Poisoned { .. }))) => {
+            match self.take(&mut item) {
+                Ok(()) => self.done(item.id()),
+                Err(error @ (AppendError::NeedSegment | AppendError::Poisoned { .. })) => {
                     self.inbound.waiting.push_front(item);
-                    self.append_failed(error);
-                    return;
+                    return self.append_failed(error);
                 }
-                Err((Item::Chunk { id, .. } | Item::Epoch { id, .. }, error)) => {
+                Err(error @ (AppendError::NotNext { .. } | AppendError::Format(_))) => {
                     // Nothing after it can continue our log either.
-                    self.refuse(id, Refusal::Invalid(error.to_string()));
+                    self.refuse(item.id(), Refusal::Invalid(error.to_string()));
                     self.refuse_inbound("log before it was refused: ask for the position again");
                 }
             }
@@ -131,16 +133,37 @@ impl<S: Store> Owner<S> {
         }
     }
 
-    fn take_epoch(&mut self, id: CommandId, entry: EpochEntry) -> Result<(), (Item, AppendError)> {
-        if let Err(error) = self.begin_epoch(entry.clone()) {
-            return Err((Item::Epoch { id, entry }, error));
+    /// Appends as much of an item as the log takes; on an error the rest stays in it.
+    fn take(&mut self, item: &mut Item) -> Result<(), AppendError> {
+        match item {
+            Item::Epoch { entry, .. } => {
+                self.begin_epoch(entry.clone())?;
+                self.see(entry.lamport);
+                let entry = entry.clone();
+                self.save(|saved| saved.lineage.0.push(entry));
+                self.saved.released = None;
+                self.trailing_close = None;
+            }
+            Item::Chunk { records, end, .. } => {
+                while let Some(record) = records.front() {
+                    let appended = self.log.append_record(record.clone())?;
+                    self.see(record.header.lamport);
+                    if let Some(record) = records.pop_front() {
+                        self.accepted(record, appended.end);
+                    }
+                }
+                assert_eq!(self.log.appended(), *end, "the local chain is the one that was proven");
+            }
         }
-        let _ = self.clock.see(entry.lamport, self.now.wall_ns);
-        self.save(|saved| saved.lineage.0.push(entry));
-        self.saved.released = None;
-        self.trailing_close = None;
-        self.done(id);
+        self.changed = true;
         Ok(())
+    }
+
+    /// The clock takes note of a stamp from elsewhere. One that is too far ahead was refused where it came in.
+    fn see(&mut self, stamp: Lamport) {
+        if let Err(error) = self.clock.see(stamp, self.now.wall_ns) {
+            tracing::warn!(replica = %self.replica, %error, "a record carries an impossible time");
+        }
     }
 
     /// Starts an epoch in the log; `Ok` also when its first segment failed after it had begun: the repair includes it.
@@ -152,30 +175,6 @@ impl<S: Store> Owner<S> {
             Ok(()) => {}
         }
         self.sync_by(Duration::ZERO);
-        Ok(())
-    }
-
-    fn take_records(
-        &mut self,
-        id: CommandId,
-        mut records: VecDeque<Record>,
-        end: Position,
-    ) -> Result<(), (Item, AppendError)> {
-        while let Some(record) = records.pop_front() {
-            match self.log.append_record(record.clone()) {
-                Ok(appended) => {
-                    let _ = self.clock.see(record.header.lamport, self.now.wall_ns);
-                    self.accepted(record, appended.end);
-                }
-                Err(error) => {
-                    records.push_front(record);
-                    return Err((Item::Chunk { id, records, end }, error));
-                }
-            }
-        }
-        assert_eq!(self.log.appended(), end, "the local chain is the one that was proven");
-        self.changed = true;
-        self.done(id);
         Ok(())
     }
 }

@@ -1,22 +1,25 @@
 //! The one owner of a replica's state: requests, commands and events go in, actions come out.
 //!
 //! One file per concern: `submit` (requests of the device), `commit` (group commit), `repair` (a poisoned log segment), `flight`
-//! (write-back), `replay` (local log → overlay), `inbound` (log from members), `operation` (role changes and other orders that
-//! take several steps), `sync` (target of a copy), `segments` (preparing and retiring log files), `saver` (slots), `publish`
+//! (write-back), `replay` (local log → overlay), `inbound` (log from members), `operation` (orders; those that
+//! take several steps are `promote`, `close`, `restart`), `sync` (target of a copy), `segments` (preparing and retiring log files), `saver` (slots), `publish`
 //! (status). Each has a `step` that does whatever is possible now and never waits; `pump` runs them until none moves.
 //!
 //! Invariant: nobody else changes the log, the slots or the data disk of this replica while the owner lives; and
 //! `appended ≥ durable ≥ replayed ≥ applied`, `dirty_end ≥ applied` hold after each call (checked, also in release).
 
+mod close;
 mod commit;
 mod faults;
 mod flight;
 mod inbound;
 mod open;
 mod operation;
+mod promote;
 mod publish;
 mod repair;
 mod replay;
+mod restart;
 mod retry;
 mod saver;
 mod segments;
@@ -174,7 +177,7 @@ impl<S: Store> Owner<S> {
     pub fn next_deadline(&self) -> Option<Duration> {
         let mono = self.now.mono;
         [
-            self.commit.deadline(),
+            self.commit.deadline().filter(|_| self.repair.is_none()),
             self.flight.deadline(mono),
             self.replay.deadline(mono),
             self.saver.retry.deadline(mono),
@@ -213,7 +216,7 @@ impl<S: Store> Owner<S> {
             (Purpose::Flight, JobOutcome::Done(result)) => self.flight_done(result),
             (Purpose::Slot, JobOutcome::Done(result)) => self.slot_saved(result),
             (Purpose::Replay { incarnation }, JobOutcome::Log(result)) => self.replay_read(incarnation, result),
-            (Purpose::DiskSize, JobOutcome::Size(result)) => self.disk_size_known(result),
+            (Purpose::DiskSize, JobOutcome::Size(result)) => self.disk_size_known(&result),
             (Purpose::Retire(retire), JobOutcome::Done(result)) => self.segments_retired(&retire, result),
             (Purpose::Operation, JobOutcome::Done(result)) => self.operation_job_done(result),
             (Purpose::SyncWrite { id, moved_bytes }, JobOutcome::Done(result)) => {

@@ -5,7 +5,7 @@
 //!
 //! Invariants: nothing absent is created for a replica that was there before (P12); nothing unproven counts as durable (P6).
 
-use super::operation::blank_epoch;
+use super::restart::blank_epoch;
 use super::segments::{Kept, Segments};
 use super::{Owner, commit, flight, inbound, replay, saver, submit, sync};
 use crate::api::{DataState, Now, Released, Role, Tuning};
@@ -30,7 +30,7 @@ use std::io;
 use uuid::Uuid;
 
 /// What `open` must know about the replica.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct OpenParams {
     /// The cluster; must match what is saved.
     pub cluster: ClusterId,
@@ -383,10 +383,10 @@ fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool
         .and_then(|record| Close::decode(&record.payload));
     let is_defect = matches!(verdict, Verdict::Defect { .. });
     let beyond = scan.beyond.clone();
-    let (mut stale, state) = scan.into_state();
+    let (mut unused, state) = scan.into_state();
     if is_defect {
         // What stands behind the damage is evidence, and perhaps worth a lot.
-        stale.retain(|name| !beyond.contains(name));
+        unused.retain(|name| !beyond.contains(name));
     }
     Found {
         state,
@@ -397,7 +397,7 @@ fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool
             trailing_close,
             dirty_end_proven,
         },
-        stale,
+        stale: unused,
         last_record,
     }
 }
@@ -405,7 +405,7 @@ fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool
 /// A log that has never had a segment: it begins where the saved state says.
 fn empty_log<S: Store>(store: &S, identity: LogIdentity, saved: &SavedState) -> Result<Found, OpenError> {
     let files = store.list().map_err(io_error("list the log directory"))?;
-    let stale: Vec<SegmentName> = files
+    let unused: Vec<SegmentName> = files
         .into_iter()
         .filter_map(|id| {
             if let FileId::Segment(name) = id {
@@ -415,7 +415,7 @@ fn empty_log<S: Store>(store: &S, identity: LogIdentity, saved: &SavedState) -> 
             }
         })
         .collect();
-    let above = stale
+    let above = unused
         .iter()
         .map(|name| name.number.saturating_add(1))
         .max()
@@ -434,7 +434,7 @@ fn empty_log<S: Store>(store: &S, identity: LogIdentity, saved: &SavedState) -> 
     Ok(Found {
         state,
         facts,
-        stale,
+        stale: unused,
         last_record: None,
     })
 }

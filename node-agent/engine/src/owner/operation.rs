@@ -3,25 +3,22 @@
 //! Each operation is a state machine whose every state waits for something that an event brings (a save, durability, a job), so a
 //! crash between two states leaves what recovery knows how to continue.
 //!
-//! Invariants: no write is acknowledged after `Close`; the primary role is in the slot before the first request is taken, and the
-//! end of it before the release is told; a copy is announced in *both* slots before anything is overwritten (P5, P11).
+//! Invariant: one such operation at a time; a second one is refused, never mixed in.
 
+use super::close::Closing;
+use super::promote::Promote;
+use super::restart::{Restart, Restarting};
 use super::saver::Generation;
 use super::submit::Then;
 use super::{Owner, Purpose};
-use crate::api::{Answer, Command, CommandId, DataState, Fault, Refusal, Released, Role};
+use crate::api::{Answer, Command, CommandId, Fault, Refusal, Role};
 use crate::format::record::RecordKind;
 use crate::jobs::Job;
-use crate::lineage::{Cause, EpochEntry, Lineage};
-use crate::log::LogWriter;
-use crate::log::writer::LogState;
-use crate::roles::{self, Close, Standing};
-use crate::state::{LogOrigin, SavedRole, SavedSync};
-use crate::store::{FileId, SegmentName, Store};
-use crate::types::{BLOCK_BYTES, Designation, EpochId, Lamport, Position, ReplicaId};
+use crate::lineage::Cause;
+use crate::roles::{self, Close};
+use crate::store::Store;
+use crate::types::{BLOCK_BYTES, Designation};
 use bytes::Bytes;
-use rand::Rng;
-use std::io;
 
 /// An order under way.
 #[derive(Debug)]
@@ -57,48 +54,6 @@ pub(super) enum Operation {
     Shutdown {
         id: CommandId,
     },
-}
-
-#[derive(Debug)]
-pub(super) enum Promote {
-    /// Everything local is made durable and loaded.
-    Loading,
-    /// Role and lineage are being saved.
-    Saving(Generation, Option<EpochEntry>),
-    /// The first segment of the epoch is being prepared.
-    Beginning(EpochEntry),
-}
-
-#[derive(Debug)]
-pub(super) enum Closing {
-    /// The record waits for what came before it and for durability.
-    Recording,
-    /// The data disk gets everything up to this end.
-    WritingBack(Position),
-    /// The role is being saved.
-    Saving(Position, Generation),
-}
-
-/// The log is thrown away and begins anew.
-#[derive(Debug)]
-pub(super) struct Restart {
-    start: Position,
-    lineage: Lineage,
-    sync: Option<SavedSync>,
-    size_bytes: Option<u64>,
-    /// Segments of the old log.
-    old: Vec<SegmentName>,
-}
-
-#[derive(Debug)]
-pub(super) enum Restarting {
-    /// Jobs that touch log or data come back first.
-    Quiescing,
-    /// The first slot is being written, then the second.
-    SavingFirst(Generation),
-    SavingSecond(Generation),
-    /// The old segments are being removed.
-    Removing,
 }
 
 impl<S: Store> Owner<S> {
@@ -185,14 +140,7 @@ impl<S: Store> Owner<S> {
             }
             Command::Invalidate => {
                 self.secondary_only("hand over first, then invalidate")?;
-                let restart = Restart {
-                    start: Position::default(),
-                    lineage: Lineage::default(),
-                    sync: None,
-                    size_bytes: None,
-                    old: Vec::new(),
-                };
-                self.begin_restart(id, restart)
+                self.begin_restart(id, Restart::default())
             }
             Command::BeginSync {
                 source,
@@ -201,14 +149,12 @@ impl<S: Store> Owner<S> {
                 size_bytes,
             } => {
                 self.secondary_only("a primary is never the target of a sync")?;
-                match self.plan_sync(source, start, lineage, size_bytes)? {
-                    Some(restart) => self.begin_restart(id, restart),
-                    None => {
-                        let generation = self.saver.request();
-                        self.done_when_saved(id, generation);
-                        return Ok(());
-                    }
-                }
+                let Some(restart) = self.plan_sync(source, start, lineage, size_bytes)? else {
+                    let generation = self.saver.request();
+                    self.done_when_saved(id, generation);
+                    return Ok(());
+                };
+                self.begin_restart(id, restart)
             }
             Command::Resize { size_bytes } => {
                 self.check_resize(size_bytes)?;
@@ -253,139 +199,6 @@ impl<S: Store> Owner<S> {
         self.done_when_saved(id, generation);
     }
 
-    fn begin_promote(&mut self, id: CommandId, designation: Designation, cause: Cause) -> Result<(), Refusal> {
-        if self.role == Role::Primary {
-            roles::check_designation(self.saved.designation, designation)?;
-            let generation = self.save(|saved| {
-                saved.designation = designation;
-                saved.role = SavedRole::Primary { granted: designation };
-            });
-            self.done_when_saved(id, generation);
-            return Ok(());
-        }
-        let standing = Standing {
-            me: self.replica,
-            role: self.role,
-            data: &self.saved.data,
-            known: self.saved.designation,
-            trailing_close: self.trailing_close,
-            log_defect: self.faults.any(|fault| matches!(fault, Fault::LogDefect { .. })),
-            is_blank: self.saved.lineage.0.is_empty(),
-            sync_begun: self.saved.sync.is_some(),
-        };
-        roles::may_promote(&standing, designation, cause)?;
-        self.begin_loading(id, designation, Some(cause));
-        Ok(())
-    }
-
-    fn begin_resume(&mut self, id: CommandId, designation: Designation) -> Result<(), Refusal> {
-        let Some(resumable) = self.resumable.filter(|_| self.role == Role::Secondary) else {
-            return Err(Refusal::WrongRole {
-                role: self.role,
-                hint: "nothing to resume: it was not primary before, or a newer designation is known",
-            });
-        };
-        if resumable.designation != designation {
-            let (asked, known) = (designation.number, resumable.designation.number);
-            return Err(Refusal::StaleDesignation { asked, known });
-        }
-        if !self.is_consistent() {
-            return Err(Refusal::Inconsistent {
-                data: self.saved.data.clone(),
-            });
-        }
-        let cause = self.resume_cause;
-        self.begin_loading(id, designation, cause);
-        Ok(())
-    }
-
-    fn begin_loading(&mut self, id: CommandId, designation: Designation, cause: Option<Cause>) {
-        self.refuse_inbound("it is being promoted");
-        self.role = Role::Promoting;
-        self.operation = Some(Operation::Promote {
-            id,
-            designation,
-            cause,
-            stage: Promote::Loading,
-        });
-        self.changed = true;
-        self.moved = true;
-    }
-
-    /// A shutdown does not wait for a promotion that still loads.
-    fn abort_loading(&mut self) {
-        if let Some(Operation::Promote {
-            id,
-            stage: Promote::Loading,
-            ..
-        }) = self.operation
-        {
-            self.operation = None;
-            self.role = Role::Secondary;
-            self.refuse(
-                id,
-                Refusal::WrongRole {
-                    role: Role::Secondary,
-                    hint: "the replica is being shut down",
-                },
-            );
-        }
-    }
-
-    fn begin_close(&mut self, id: CommandId, close: Close) -> Result<(), Refusal> {
-        if let Some(released) = self
-            .saved
-            .released
-            .filter(|released| released.designation == close.designation)
-        {
-            self.reply(id, Ok(Answer::At(released.end)));
-            return Ok(());
-        }
-        roles::check_designation(self.saved.designation, close.designation)?;
-        if self.role != Role::Primary {
-            return Err(Refusal::WrongRole {
-                role: self.role,
-                hint: "only a primary closes; Observe persists the designation",
-            });
-        }
-        self.role = Role::Closing;
-        self.append_control(RecordKind::Close, 0, Bytes::from(close.encode()), Then::Operation);
-        self.operation = Some(Operation::Close {
-            id,
-            close,
-            stage: Closing::Recording,
-        });
-        self.changed = true;
-        Ok(())
-    }
-
-    /// The control record of the operation under way is durable.
-    pub(super) fn control_durable(&mut self, at: Position) {
-        if let Some(Operation::Close { stage, .. }) = &mut self.operation {
-            *stage = Closing::WritingBack(at);
-            self.moved = true;
-        }
-    }
-
-    fn begin_restart(&mut self, id: CommandId, restart: Restart) -> Operation {
-        self.refuse_inbound("its log is being thrown away");
-        Operation::Restart {
-            id,
-            restart: Box::new(restart),
-            stage: Restarting::Quiescing,
-        }
-    }
-
-    pub(super) fn restart_for_sync(start: Position, lineage: Lineage, sync: SavedSync, size_bytes: u64) -> Restart {
-        Restart {
-            start,
-            lineage,
-            sync: Some(sync),
-            size_bytes: Some(size_bytes),
-            old: Vec::new(),
-        }
-    }
-
     fn check_resize(&self, size_bytes: u64) -> Result<(), Refusal> {
         if self.role != Role::Primary {
             return Err(Refusal::WrongRole {
@@ -393,18 +206,13 @@ impl<S: Store> Owner<S> {
                 hint: "resize on the primary; the others follow through the log",
             });
         }
-        if size_bytes % BLOCK_BYTES != 0 || size_bytes < self.size_bytes() {
+        if !size_bytes.is_multiple_of(BLOCK_BYTES) || size_bytes < self.size_bytes() {
             let now = self.size_bytes();
             return Err(Refusal::Invalid(format!(
                 "size {size_bytes} must be a multiple of {BLOCK_BYTES} and not smaller than the present {now} bytes"
             )));
         }
         Ok(())
-    }
-
-    /// Whether the log that is there is about to go: nothing more is loaded from it or written back.
-    pub(super) fn is_discarding_log(&self) -> bool {
-        matches!(self.operation, Some(Operation::Restart { .. }))
     }
 
     /// Whether the operation under way waits for the data disk to hold everything.
@@ -441,269 +249,11 @@ impl<S: Store> Owner<S> {
                 designation,
                 saving,
             } => self.step_down(id, designation, saving),
-            Operation::Restart { id, restart, stage } => self.step_restart(id, restart, stage),
+            Operation::Restart { id, restart, stage } => Some(self.step_restart(id, restart, stage)),
             Operation::Rotate { id } => self.step_rotate(id),
             Operation::Shutdown { id } => self.step_shutdown(id),
             waiting @ Operation::Resize { .. } => Some(waiting),
         };
-    }
-
-    fn step_promote(
-        &mut self,
-        id: CommandId,
-        designation: Designation,
-        cause: Option<Cause>,
-        stage: Promote,
-    ) -> Option<Operation> {
-        let next = match stage {
-            Promote::Loading => {
-                if let Some(refusal) = self.loading_failed() {
-                    self.role = Role::Secondary;
-                    self.refuse(id, refusal);
-                    return None;
-                }
-                let loaded = self.is_all_replayed() && self.log.durable() == self.log.appended();
-                if !loaded || self.commit.is_in_flight() || self.repair.is_some() {
-                    Promote::Loading
-                } else {
-                    let entry = cause.map(|cause| self.new_epoch(cause));
-                    let for_slot = entry.clone();
-                    let generation = self.save(|saved| {
-                        saved.designation = designation;
-                        saved.role = SavedRole::Primary { granted: designation };
-                        saved.data = DataState::Consistent;
-                        saved.lineage.0.extend(for_slot);
-                    });
-                    Promote::Saving(generation, entry)
-                }
-            }
-            Promote::Saving(generation, entry) if self.saver.is_durable(generation) => match entry {
-                Some(entry) => {
-                    self.moved = true;
-                    Promote::Beginning(entry)
-                }
-                None => return self.promoted(id),
-            },
-            Promote::Beginning(entry) => match self.begin_epoch(entry.clone()) {
-                Ok(()) => return self.promoted(id),
-                Err(error) => {
-                    self.append_failed(error);
-                    Promote::Beginning(entry)
-                }
-            },
-            waiting @ Promote::Saving(..) => waiting,
-        };
-        Some(Operation::Promote {
-            id,
-            designation,
-            cause,
-            stage: next,
-        })
-    }
-
-    fn loading_failed(&self) -> Option<Refusal> {
-        self.faults.list().iter().find_map(|fault| match fault {
-            Fault::LogDefect { lsn, .. } if *lsn >= self.replay.cursor().lsn && *lsn < self.log.durable().lsn => {
-                Some(Refusal::Io(format!(
-                    "the local log is damaged at {lsn}: let it be fetched again from a member"
-                )))
-            }
-            Fault::DiskTooSmall {
-                wanted_bytes,
-                disk_bytes,
-            } => Some(Refusal::Io(format!(
-                "the local disk has {disk_bytes} bytes, the log asks for {wanted_bytes}: enlarge it first"
-            ))),
-            _ => None,
-        })
-    }
-
-    fn new_epoch(&mut self, cause: Cause) -> EpochEntry {
-        let id = EpochId(uuid::Builder::from_random_bytes(self.rng.random()).into_uuid());
-        let lamport = self.lamport();
-        EpochEntry {
-            id,
-            parent: self.log.appended(),
-            origin: self.replica,
-            cause,
-            lamport,
-        }
-    }
-
-    fn promoted(&mut self, id: CommandId) -> Option<Operation> {
-        self.role = Role::Primary;
-        self.resumable = None;
-        self.saved.released = None;
-        self.trailing_close = None;
-        self.faults
-            .clear(|fault| matches!(fault, Fault::LogDefect { .. } | Fault::Orphan { .. }));
-        self.replay.passed(self.log.durable(), self.durable_time);
-        self.changed = true;
-        self.reply(id, Ok(Answer::At(self.log.appended())));
-        None
-    }
-
-    fn step_close(&mut self, id: CommandId, close: Close, stage: Closing) -> Option<Operation> {
-        let stage = match stage {
-            Closing::WritingBack(end) => {
-                // A data disk that fails must not hold the service: the log keeps everything.
-                let disk_failed = self.faults.any(|fault| matches!(fault, Fault::DataDiskFailed { .. }));
-                if !self.is_all_applied() && !disk_failed {
-                    Closing::WritingBack(end)
-                } else {
-                    let released = Released {
-                        designation: close.designation,
-                        to: close.to,
-                        end,
-                    };
-                    let generation = self.save(|saved| {
-                        saved.designation = close.designation;
-                        saved.role = SavedRole::Secondary;
-                        saved.released = Some(released);
-                    });
-                    Closing::Saving(end, generation)
-                }
-            }
-            Closing::Saving(end, generation) if self.saver.is_durable(generation) => {
-                self.become_secondary();
-                self.trailing_close = Some(close);
-                self.reply(id, Ok(Answer::At(end)));
-                return None;
-            }
-            waiting @ (Closing::Recording | Closing::Saving(..)) => waiting,
-        };
-        Some(Operation::Close { id, close, stage })
-    }
-
-    fn become_secondary(&mut self) {
-        assert!(
-            self.tail.is_empty(),
-            "a role ends only when everything appended is durable"
-        );
-        self.role = Role::Secondary;
-        self.resumable = None;
-        self.changed = true;
-        self.moved = true;
-    }
-
-    fn step_down(&mut self, id: CommandId, designation: Designation, saving: Option<Generation>) -> Option<Operation> {
-        let saving = match saving {
-            Some(generation) if self.saver.is_durable(generation) => {
-                if self.role == Role::Closing {
-                    self.become_secondary();
-                }
-                self.resumable = None;
-                self.reply(id, Ok(Answer::At(self.log.durable())));
-                return None;
-            }
-            None if self.role == Role::Secondary || self.is_drained() => Some(self.save(|saved| {
-                saved.designation = designation;
-                saved.role = SavedRole::Secondary;
-            })),
-            waiting => waiting,
-        };
-        Some(Operation::StepDown {
-            id,
-            designation,
-            saving,
-        })
-    }
-
-    /// Nothing waits to be appended, and everything appended is durable.
-    fn is_drained(&self) -> bool {
-        let durable = self.log.durable().lsn == self.log.appended().lsn;
-        durable && !self.requests.has_held() && !self.commit.is_in_flight() && self.repair.is_none()
-    }
-
-    fn step_restart(&mut self, id: CommandId, mut restart: Box<Restart>, stage: Restarting) -> Option<Operation> {
-        let stage = match stage {
-            Restarting::Quiescing => {
-                if !self.is_quiet() {
-                    return Some(Operation::Restart { id, restart, stage });
-                }
-                Restarting::SavingFirst(self.save_restart(&mut restart))
-            }
-            Restarting::SavingFirst(generation) if self.saver.is_durable(generation) => {
-                self.moved = true;
-                Restarting::SavingSecond(self.saver.request())
-            }
-            Restarting::SavingSecond(generation) if self.saver.is_durable(generation) => {
-                let old = std::mem::take(&mut restart.old)
-                    .into_iter()
-                    .map(FileId::Segment)
-                    .collect();
-                self.job(Purpose::Operation, Job::Remove(old));
-                Restarting::Removing
-            }
-            waiting => waiting,
-        };
-        Some(Operation::Restart { id, restart, stage })
-    }
-
-    /// No job is out that reads the log or writes anywhere but to a slot.
-    fn is_quiet(&self) -> bool {
-        self.jobs
-            .values()
-            .all(|purpose| matches!(purpose, Purpose::Slot | Purpose::DiskSize | Purpose::Read { .. }))
-            && self.repair.is_none()
-            && self.flight.may_be_dropped()
-    }
-
-    fn save_restart(&mut self, restart: &mut Restart) -> Generation {
-        self.drop_overlay();
-        restart.old = self.drop_log(restart.start, &restart.lineage);
-        self.replay
-            .reset(restart.start, restart.size_bytes.unwrap_or(self.saved.size_bytes));
-        self.saved.released = None;
-        self.trailing_close = None;
-        self.resumable = None;
-        self.defect_until = None;
-        self.faults.clear(|fault| {
-            matches!(
-                fault,
-                Fault::LogDefect { .. } | Fault::Fork { .. } | Fault::Orphan { .. } | Fault::DiskTooSmall { .. }
-            )
-        });
-        let first_segment = self.log.next_number();
-        let (start, lineage, sync) = (restart.start, restart.lineage.clone(), restart.sync);
-        let size_bytes = self.replay.size_bytes();
-        self.save(|saved| {
-            saved.data = DataState::Syncing;
-            saved.role = SavedRole::Secondary;
-            saved.sync = sync;
-            saved.size_bytes = size_bytes;
-            (saved.applied, saved.dirty_end, saved.durable) = (start, start, start);
-            saved.log = LogOrigin {
-                first_segment,
-                start,
-                started: false,
-            };
-            saved.lineage = lineage;
-        })
-    }
-
-    /// Replaces the log by an empty one that begins at `start`; says which files were the old one.
-    fn drop_log(&mut self, start: Position, lineage: &Lineage) -> Vec<SegmentName> {
-        let mut old: Vec<SegmentName> = self.log.segments().iter().map(|segment| segment.name).collect();
-        old.extend(self.log.take_prepared());
-        let epoch = lineage.0.last().cloned().unwrap_or_else(|| blank_epoch(self.replica));
-        let state = LogState::empty(self.identity, self.log.next_number(), epoch, start);
-        self.log = LogWriter::new(state, self.saved.tuning.compression);
-        self.tail.clear();
-        self.commit.settled_at(start.lsn);
-        old
-    }
-
-    pub(super) fn operation_job_done(&mut self, result: io::Result<()>) {
-        let Some(Operation::Restart { id, .. }) = self.operation.take() else {
-            unreachable!("only a restart has jobs")
-        };
-        if let Err(error) = result {
-            // They are not part of the log any more, whatever happens: the next start removes them.
-            tracing::warn!(replica = %self.replica, %error, "removing old log segments failed");
-        }
-        self.changed = true;
-        self.done(id);
     }
 
     fn step_rotate(&mut self, id: CommandId) -> Option<Operation> {
@@ -735,26 +285,5 @@ impl<S: Store> Owner<S> {
         } else {
             self.append_control(RecordKind::Resize, size_bytes, Bytes::new(), Then::Reply(id));
         }
-    }
-
-    fn step_shutdown(&mut self, id: CommandId) -> Option<Operation> {
-        if self.saver.is_clean() && self.is_drained() && self.is_all_applied() && self.is_quiet() {
-            self.done(id);
-            self.is_shut_down = true;
-            return None;
-        }
-        Some(Operation::Shutdown { id })
-    }
-}
-
-/// Stands for "no epoch yet" in a log without history.
-pub(super) fn blank_epoch(origin: ReplicaId) -> EpochEntry {
-    let (id, parent, lamport) = (EpochId::default(), Position::default(), Lamport::default());
-    EpochEntry {
-        id,
-        parent,
-        origin,
-        cause: Cause::Create,
-        lamport,
     }
 }

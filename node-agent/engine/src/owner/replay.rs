@@ -257,32 +257,25 @@ impl<S: Store> Owner<S> {
         }
     }
 
-    pub(super) fn disk_size_known(&mut self, result: io::Result<u64>) {
+    pub(super) fn disk_size_known(&mut self, result: &io::Result<u64>) {
         self.replay.asking_size = false;
         if let Ok(bytes) = result {
-            self.disk_bytes = bytes;
+            self.disk_bytes = *bytes;
         }
         let disk_bytes = self.disk_bytes;
-        let wanted = self
-            .replay
-            .ahead
-            .front()
-            .filter(|(record, _)| record.header.kind == RecordKind::Resize);
-        match wanted
-            .map(|(record, _)| record.header.offset)
-            .filter(|wanted| *wanted > disk_bytes)
-        {
-            Some(wanted_bytes) => {
-                self.changed |= self.faults.set(Fault::DiskTooSmall {
-                    wanted_bytes,
-                    disk_bytes,
-                });
-                self.replay.retry.failed(self.now.mono, &mut self.rng);
-            }
-            None => {
-                self.changed |= self.faults.clear(|fault| matches!(fault, Fault::DiskTooSmall { .. }));
-                self.replay.retry.succeeded();
-            }
+        let next = self.replay.ahead.front().map(|(record, _)| record.header);
+        let wanted = next
+            .filter(|next| next.kind == RecordKind::Resize)
+            .map(|next| next.offset);
+        if let Some(wanted_bytes) = wanted.filter(|wanted| *wanted > disk_bytes) {
+            self.changed |= self.faults.set(Fault::DiskTooSmall {
+                wanted_bytes,
+                disk_bytes,
+            });
+            self.replay.retry.failed(self.now.mono, &mut self.rng);
+        } else {
+            self.changed |= self.faults.clear(|fault| matches!(fault, Fault::DiskTooSmall { .. }));
+            self.replay.retry.succeeded();
         }
         self.resize_answered();
         self.moved = true;

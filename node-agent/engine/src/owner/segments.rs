@@ -188,19 +188,23 @@ impl<S: Store> Owner<S> {
             return;
         }
         self.segments.recording = None;
-        let gone_summaries = self.passed_summaries();
-        if plan.segments == 0 && gone_summaries.is_empty() {
-            return;
-        }
         let view = self.served_log();
         let end = plan.segments.checked_sub(1).map_or(Lsn::ZERO, |last| closed[last].end);
-        let summarize = view.segments[..plan.segments].to_vec();
-        self.log.forget_segments_below(end);
-        for (segment, closed) in summarize.iter().zip(&closed) {
+        let gone = self.log.forget_segments_below(end);
+        assert!(
+            gone.iter()
+                .eq(view.segments[..gone.len()].iter().map(|segment| &segment.name)),
+            "the oldest segments go"
+        );
+        for (name, closed) in gone.iter().zip(&closed) {
             self.segments.summaries.push(Kept {
-                name: segment.name,
+                name: *name,
                 end: closed.end,
             });
+        }
+        let summaries = self.passed_summaries();
+        if gone.is_empty() && summaries.is_empty() {
+            return;
         }
         self.segments.retiring = true;
         self.changed = true;
@@ -208,8 +212,8 @@ impl<S: Store> Owner<S> {
             Purpose::Retire(Retire { end }),
             Job::Retire {
                 view,
-                segments: plan.segments,
-                summaries: gone_summaries,
+                segments: gone.len(),
+                summaries,
             },
         );
     }

@@ -127,7 +127,7 @@ impl<S: Store> Owner<S> {
             Io::Discard { range } | Io::WriteZeroes { range, .. } => (range, ENOSPC),
             Io::Flush => return None,
         };
-        if range.offset % SECTOR_BYTES != 0 || range.len % SECTOR_BYTES != 0 {
+        if !range.offset.is_multiple_of(SECTOR_BYTES) || !range.len.is_multiple_of(SECTOR_BYTES) {
             return Some(EINVAL);
         }
         let end = range.offset.checked_add(range.len);

@@ -3,7 +3,7 @@
 //! Invariants: nothing is written before the announcement is durable (P5, P11); progress is saved only after the data disk was
 //! flushed; `consistent_at` is never below what any source may have had on its disk when a block was read from it.
 
-use super::operation::Restart;
+use super::restart::Restart;
 use super::{Owner, Purpose};
 use crate::api::{CommandId, DataState, Fault, Refusal, Role};
 use crate::jobs::Job;
@@ -53,6 +53,8 @@ impl<S: Store> Owner<S> {
         };
         if size_bytes > self.disk_bytes {
             let disk = self.disk_bytes;
+            // It may have been enlarged since: the next try knows.
+            self.job(Purpose::DiskSize, Job::Size(self.data.clone()));
             return Err(Refusal::Invalid(format!(
                 "the local disk has {disk} bytes, the source {size_bytes}: enlarge it first"
             )));
@@ -75,7 +77,7 @@ impl<S: Store> Owner<S> {
                     epoch,
                     floor,
                     ..sync
-                })
+                });
             });
             return Ok(None);
         }
@@ -132,7 +134,7 @@ impl<S: Store> Owner<S> {
             Ok(sync) => sync,
             Err(refusal) => return self.refuse(id, refusal),
         };
-        let aligned = range.offset % SECTOR_BYTES == 0 && range.len % SECTOR_BYTES == 0;
+        let aligned = range.offset.is_multiple_of(SECTOR_BYTES) && range.len.is_multiple_of(SECTOR_BYTES);
         let inside = range
             .offset
             .checked_add(range.len)

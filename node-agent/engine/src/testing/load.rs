@@ -55,6 +55,9 @@ pub struct Load {
 
 impl Load {
     /// On a device whose content is all zeros.
+    ///
+    /// # Panics
+    /// When it does not fit into memory.
     #[must_use]
     pub fn new(device_bytes: u64) -> Self {
         let device = usize::try_from(device_bytes).expect("test devices fit in memory");
@@ -128,6 +131,9 @@ impl Load {
     }
 
     /// A write of recognizable bytes.
+    ///
+    /// # Panics
+    /// When it is answered with an error.
     pub fn write(&mut self, rig: &mut Rig, fua: bool) {
         let range = self.range(rig);
         self.stamp += 1;
@@ -239,6 +245,9 @@ impl Load {
     }
 
     /// Takes note of answers that came meanwhile.
+    ///
+    /// # Panics
+    /// When one of them is an error.
     pub fn collect(&mut self, rig: &mut Rig) {
         let tags: Vec<Tag> = self.asked.keys().copied().collect();
         for tag in tags {

@@ -118,7 +118,7 @@ impl Rig {
     /// # Errors
     /// What `Owner::open` says.
     pub fn open(&mut self) -> Result<(), OpenError> {
-        let owner = Owner::open(self.store.clone(), self.params.clone(), self.now)?;
+        let owner = Owner::open(self.store.clone(), self.params, self.now)?;
         self.params.create = None;
         self.params.seed[31] = self.params.seed[31].wrapping_add(1);
         self.owner = Some(owner);
@@ -364,5 +364,10 @@ impl Rig {
                 Action::Changed => {}
             }
         }
+        let (deadline, now) = (owner.next_deadline(), self.now.mono);
+        assert!(
+            deadline.is_none_or(|deadline| deadline > now),
+            "a timer at {deadline:?} would fire for ever at {now:?}"
+        );
     }
 }

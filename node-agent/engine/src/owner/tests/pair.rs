@@ -186,7 +186,7 @@ fn a30_replay_held_back_while_fetch_is_current_and_promotion_replays_first() {
     for_seeds(6, |seed| {
         let (mut a, mut b, mut load) = pair(seed);
         let switches = Switches {
-            apply_delay: Duration::from_secs(3600),
+            apply_delay: Duration::from_hours(1),
             ..Switches::default()
         };
         ok(b.command(Command::SetSwitches(switches.clone())));
@@ -216,13 +216,13 @@ fn a30_replay_held_back_while_fetch_is_current_and_promotion_replays_first() {
                 replay: false,
                 ..switches
             })));
-            b.advance(Duration::from_secs(7200));
+            b.advance(Duration::from_hours(2));
             while b.run_one_job() {}
             assert!(disk(&b) == before);
             return;
         } else {
             // The hour passes: what is old enough is applied.
-            b.advance(Duration::from_secs(3600));
+            b.advance(Duration::from_hours(1));
             b.settle();
             assert!(disk(&b) == load.newest());
             return;
@@ -423,9 +423,9 @@ fn a50_a_handover_hands_over_everything_and_nothing_is_taken_after_the_close() {
         if seed % 2 == 0 {
             // Whatever the slot says, a trailing Close makes it secondary.
             if seed % 4 == 0 {
-                a.kill()
+                a.kill();
             } else {
-                a.power_loss(Survival::OnlySynced)
+                a.power_loss(Survival::OnlySynced);
             }
             a.open().unwrap();
             a.settle();
