@@ -16,6 +16,8 @@ use tokio_util::task::TaskTracker;
 
 /// Default address of the API.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:7780";
+/// Changes kept for watchers unless asked otherwise.
+pub const DEFAULT_HISTORY_LIMIT: usize = DEFAULT_HISTORY;
 /// Longest a stop waits for requests in flight.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
@@ -148,8 +150,8 @@ impl EmbeddedApi {
         kube::Client::try_from(client_config(&url))
     }
 
-    /// Ends all watches, waits for requests in flight (at most 5 s) and releases the directory.
-    pub async fn stop(self) {
+    /// Ends all watches and waits for requests in flight (at most 5 s). The directory is free once the handle is dropped.
+    pub async fn stop(&self) {
         self.api.stop.cancel();
         if tokio::time::timeout(STOP_WITHIN, self.tasks.wait()).await.is_err() {
             tracing::warn!(

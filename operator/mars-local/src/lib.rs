@@ -7,12 +7,14 @@
 
 pub mod apply;
 pub mod cli;
+pub mod cluster;
 pub mod discovery;
 pub mod embedded;
 pub mod error;
 pub mod faults;
 pub mod gc;
 pub mod jsonpath;
+pub mod mars;
 pub mod meta;
 pub mod openapi;
 pub mod patch;
