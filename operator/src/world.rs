@@ -206,7 +206,7 @@ impl Report {
 }
 
 /// All reports about the resource, by node: replica objects first, completed by what the nodes' inventories say.
-/// Forgotten incarnations do not report.
+/// Forgotten incarnations do not report, and forks with them are no forks any more.
 #[must_use]
 pub fn reports(world: &World) -> Vec<Report> {
     let tombstones: Vec<Uuid> = world
@@ -233,6 +233,10 @@ pub fn reports(world: &World) -> Vec<Report> {
             Some(report) => complete(report, found),
             None => reports.push(from_inventory(world, node, found)),
         }
+    }
+    let known: Vec<Uuid> = reports.iter().map(|report| report.replica_uuid).collect();
+    for report in &mut reports {
+        report.forks.retain(|fork| known.contains(&fork.with));
     }
     reports.sort_by(|left, right| left.node.cmp(&right.node));
     reports

@@ -385,16 +385,17 @@ pub(super) fn remind(context: &Context<'_>, draft: &mut Draft, node: &str, repli
     let Some(object) = context.world.nodes.get(node).and_then(|view| view.object.as_ref()) else {
         return;
     };
-    if !object
+    let intent = Intent::Forget {
+        node: node.to_owned(),
+        replica_uuid,
+    };
+    let known = object
         .spec
         .forgotten
         .iter()
-        .any(|forgotten| forgotten.replica_uuid == replica_uuid)
-    {
-        draft.push(Intent::Forget {
-            node: node.to_owned(),
-            replica_uuid,
-        });
+        .any(|forgotten| forgotten.replica_uuid == replica_uuid);
+    if !known && !draft.intents.contains(&intent) {
+        draft.push(intent);
     }
 }
 

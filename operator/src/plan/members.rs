@@ -10,7 +10,7 @@ use mars_crds::{RESOURCE_FINALIZER, replica_name};
 use std::collections::BTreeSet;
 use uuid::Uuid;
 
-use super::{Context, Draft, Intent, Note, Reason, rollout};
+use super::{Context, Draft, Intent, Note, Reason, actions, rollout};
 
 /// Settles finalizer and uuid. Says whether the other stages may run.
 pub(super) fn identity(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut() -> Uuid) -> bool {
@@ -107,9 +107,19 @@ fn has_inventory(context: &Context<'_>, node: &str) -> bool {
         .is_some_and(|status| status.inventory_complete)
 }
 
-/// Creates what is missing and lets go what has left the spec.
+/// Creates what is missing and lets go what has left the spec. Nodes that hold forgotten data are told so.
 pub(super) fn membership(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut() -> Uuid) {
     let world = context.world;
+    for (node, found) in world.found() {
+        if context
+            .status
+            .tombstones
+            .iter()
+            .any(|stone| stone.replica_uuid == found.replica_uuid)
+        {
+            actions::remind(context, draft, node, found.replica_uuid);
+        }
+    }
     for member in &world.resource.spec.replicas {
         match world.replica_on(&member.node) {
             None => join(context, draft, member, new_id),

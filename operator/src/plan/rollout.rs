@@ -168,11 +168,16 @@ fn size(context: &Context<'_>, draft: &mut Draft, replica: &MarsReplica) -> i64 
     if replica.spec.backing.device.is_some() && too_small(&replica) {
         let node = &replica.spec.node;
         let present = disk(replica).map_or_else(|| "unknown".to_owned(), |bytes| format!("{bytes} bytes"));
-        draft.degrade(
-            Reason::DiskTooSmall,
-            format!(
-                "the disk of {node} ({present}) is too small for {wanted} bytes: enlarge it; the size stays until then"
-            ),
+        let message = format!(
+            "the disk of {node} ({present}) is too small for {wanted} bytes: enlarge it; the size stays until then"
+        );
+        // Before whatever waits for it.
+        draft.degraded.insert(
+            0,
+            Note {
+                reason: Reason::DiskTooSmall,
+                message,
+            },
         );
         return replica.spec.size_bytes;
     }

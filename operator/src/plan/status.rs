@@ -227,7 +227,7 @@ fn state(context: &Context<'_>, draft: &Draft, status: &MarsResourceStatus) -> &
         "NoPrimary"
     } else if has(ReplicaData::Syncing) || has(ReplicaData::Blank) {
         "Syncing"
-    } else if !draft.degraded.is_empty() || !silent(context).is_empty() || !faults(context).is_empty() {
+    } else if degraded(context, draft).1 == Truth::True {
         "Degraded"
     } else if context
         .reports

@@ -142,17 +142,12 @@ fn evidence(context: &Context<'_>, holder: &Report, after: Option<DurationText>)
     })
 }
 
-/// The wished node if it can, else the one that has most.
+/// The wished node if it can, else the one that has most, else the first in the spec.
 fn best<'a>(context: &'a Context<'_>, holder: &Report) -> Option<&'a Report> {
     let wished = context.world.resource.spec.attached_to.as_deref().unwrap_or_default();
-    let candidates = context
-        .world
-        .resource
-        .spec
-        .replicas
-        .iter()
-        .filter(|member| member.node != holder.node);
-    candidates
+    let members = context.world.resource.spec.replicas.iter().rev();
+    members
+        .filter(|member| member.node != holder.node)
         .filter_map(|member| may_succeed(context, &member.node).ok())
         .filter(|report| report.forks.is_empty())
         .max_by_key(|report| (report.node == wished, report.durable_lsn()))
