@@ -66,11 +66,6 @@ fn a12_many_requests_in_flight_are_answered_out_of_order_and_right() {
     run("fio", &[&job[..], &verify[..]].concat());
 }
 
-/// How often the agent is killed; `MARS_TEST_KILLS=100` for the full acceptance run.
-fn kills() -> u32 {
-    std::env::var("MARS_TEST_KILLS").map_or(20, |text| text.parse().expect("MARS_TEST_KILLS is a number"))
-}
-
 #[test]
 fn a19_killed_again_and_again_under_fio_no_error_and_no_byte_wrong() {
     let rig = Rig::new();
@@ -101,7 +96,7 @@ fn a19_killed_again_and_again_under_fio_no_error_and_no_byte_wrong() {
         .spawn()
         .unwrap();
     let identity = (served.numbers.clone(), served.diskseq.clone());
-    for round in 0..kills() {
+    for round in 0..common::kills() {
         let before = served.sysfs("stat");
         wait_until("I/O between two kills", || served.sysfs("stat") != before);
         served.kill();
@@ -115,10 +110,7 @@ fn a19_killed_again_and_again_under_fio_no_error_and_no_byte_wrong() {
     }
     // SIGINT: fio finishes its verification and reports.
     run("kill", &["-INT", &fio.id().to_string()]);
-    let output = fio.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(!said.contains("verify:") && !said.contains("error="), "{said}");
-    assert!(said.contains("err= 0"), "{said}");
+    common::assert_fio_clean(fio);
     assert!(rig.log_text("server.log").contains("took the device over"));
 }
 

@@ -20,16 +20,28 @@ pub(crate) struct Rig {
     keeper: Option<Child>,
     /// Mounts to remove, last first.
     mounts: Vec<PathBuf>,
+    frontend: &'static str,
 }
 
 impl Rig {
-    /// A rig with a keeper.
+    /// A rig with a keeper, for `loop`.
     pub(crate) fn new() -> Self {
+        let mut rig = Self::empty("loop", &["/dev/fuse", "/dev/loop-control"]);
+        rig.start_keeper();
+        rig
+    }
+
+    /// A rig for `ublk`, which needs no keeper.
+    pub(crate) fn for_ublk() -> Self {
+        Self::empty("ublk", &["/dev/ublk-control"])
+    }
+
+    fn empty(frontend: &'static str, nodes: &[&str]) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
             "this test makes block devices: run it as root"
         );
-        for node in ["/dev/fuse", "/dev/loop-control"] {
+        for node in nodes {
             assert!(
                 Path::new(node).exists(),
                 "this test needs {node}: its kernel module is missing"
@@ -44,14 +56,13 @@ impl Rig {
             .prefix("mars-test-")
             .tempdir_in(base)
             .expect("a temporary directory");
-        let mut rig = Self {
+        Self {
             dir,
             replica: uuid::Uuid::new_v4(),
             keeper: None,
             mounts: Vec::new(),
-        };
-        rig.start_keeper();
-        rig
+            frontend,
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -103,15 +114,18 @@ impl Rig {
     pub(crate) fn server(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mars-serve-device"));
         command
-            .args(["--frontend", "loop", "--replica", &self.replica.to_string()])
-            .arg("--keeper")
-            .arg(self.path("keeper/keeper.sock"))
+            .args(["--frontend", self.frontend, "--replica", &self.replica.to_string()])
+            .arg("--ublk-state-dir")
+            .arg(self.path("ublk"))
             .arg("--link-dir")
             .arg(self.path("dev"))
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(self.log("server.log"));
+        if self.frontend == "loop" {
+            command.arg("--keeper").arg(self.path("keeper/keeper.sock"));
+        }
         command
     }
 
@@ -291,6 +305,19 @@ pub(crate) fn attempt(program: &str, arguments: &[&str]) -> (bool, String) {
     let output = output.unwrap_or_else(|error| panic!("cannot run {program}: {error}"));
     let text = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// How often a test kills the agent; `MARS_TEST_KILLS=100` for the full acceptance run.
+pub(crate) fn kills() -> u32 {
+    std::env::var("MARS_TEST_KILLS").map_or(20, |text| text.parse().expect("MARS_TEST_KILLS is a number"))
+}
+
+/// Waits for fio, which was told to end, and checks that it found every byte as it wrote it.
+pub(crate) fn assert_fio_clean(fio: Child) {
+    let output = fio.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(!said.contains("verify:") && !said.contains("error="), "{said}");
+    assert!(said.contains("err= 0"), "{said}");
 }
 
 /// Polls with a deadline.
