@@ -10,14 +10,17 @@
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use mars_engine::api::{Command, Compression, Durability, Tuning};
-use mars_engine::types::ReplicaId;
+use mars_engine::api::{Cause, Command, Compression, Durability, Role, Tuning};
+use mars_engine::owner::{OpenParams, Owner};
+use mars_engine::store_fs::FsStore;
+use mars_engine::types::{ClusterId, Designation, ReplicaId, ResourceId};
 use mars_node_agent::frontend::harden::{self, Mounts};
 use mars_node_agent::frontend::{DeviceName, FrontendChoice, Frontends, FrontendsConfig};
 use mars_node_agent::shard::plain::PlainEngine;
-use mars_node_agent::shard::{AttachParams, Engine, ReplicaHandle, Runtime, RuntimeConfig};
-use std::io::Write;
-use std::path::PathBuf;
+use mars_node_agent::shard::{AttachParams, Engine, OwnerEngine, ReplicaHandle, Runtime, RuntimeConfig};
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
@@ -44,8 +47,17 @@ struct Arguments {
     #[arg(long, default_value = "auto")]
     frontend: FrontendChoice,
     /// Serve this file in place, without a log.
+    #[arg(long, required_unless_present = "store")]
+    plain: Option<PathBuf>,
+    /// Serve a replica: directory of its log and state (made when it is empty), with --data.
+    #[arg(long, requires = "data", conflicts_with = "plain")]
+    store: Option<PathBuf>,
+    /// With --store: the data disk, a file or block device; its length is the size of the device.
     #[arg(long)]
-    plain: PathBuf,
+    data: Option<PathBuf>,
+    /// With --store: most payload bytes held in memory before writers wait.
+    #[arg(long, default_value_t = 64 << 20)]
+    overlay_bytes: u64,
     /// With --plain: answer through the job pool, so that requests overlap and complete out of order.
     #[arg(long)]
     defer: bool,
@@ -75,11 +87,78 @@ fn main() -> anyhow::Result<()> {
         .block_on(serve(arguments))
 }
 
-fn engine(arguments: &Arguments) -> anyhow::Result<Box<dyn Engine>> {
-    let path = &arguments.plain;
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path);
-    let file = file.with_context(|| format!("open {}", path.display()))?;
-    Ok(Box::new(PlainEngine::new(file, arguments.defer)?))
+/// What the engine needs, and the lock that keeps a second process away from the replica directory.
+struct Opened {
+    engine: Box<dyn Engine>,
+    _lock: Option<File>,
+}
+
+fn open(arguments: &Arguments) -> anyhow::Result<Opened> {
+    match (&arguments.plain, &arguments.store, &arguments.data) {
+        (Some(path), ..) => {
+            let engine = Box::new(PlainEngine::new(open_file(path)?, arguments.defer)?);
+            Ok(Opened { engine, _lock: None })
+        }
+        (None, Some(store), Some(data)) => open_replica(arguments, store, data),
+        _ => bail!("either --plain, or --store and --data"),
+    }
+}
+
+fn open_file(path: &Path) -> anyhow::Result<File> {
+    let file = File::options().read(true).write(true).open(path);
+    file.with_context(|| format!("open {}", path.display()))
+}
+
+fn open_replica(arguments: &Arguments, dir: &Path, data: &Path) -> anyhow::Result<Opened> {
+    std::fs::create_dir_all(dir)?;
+    let lock = File::open(dir)?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("lock the replica directory")?;
+    let mut data = open_file(data)?;
+    let size_bytes = data.seek(SeekFrom::End(0))?;
+    let is_new = !dir.join("log").exists();
+    if is_new {
+        FsStore::create_layout(dir)?;
+    }
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let params = OpenParams {
+        cluster: ClusterId(arguments.replica),
+        resource: ResourceId(arguments.replica),
+        replica: ReplicaId(arguments.replica),
+        boot_id: boot_id.trim().parse()?,
+        create: is_new.then_some(size_bytes),
+        tuning: tuning(arguments.overlay_bytes, durability(arguments.every_write)),
+        seed: rand::random(),
+    };
+    let owner = Owner::open(FsStore::open(dir, data)?, params, mars_node_agent::shard::engine::now())?;
+    Ok(Opened {
+        engine: Box::new(OwnerEngine::new(owner)),
+        _lock: Some(lock),
+    })
+}
+
+/// Makes the replica primary: again, if it was before, else for the first time.
+async fn promote(replica: &ReplicaHandle, arguments: &Arguments) -> anyhow::Result<()> {
+    let status = replica.status().borrow().clone();
+    if status.role == Role::Primary {
+        return Ok(());
+    }
+    let first = Designation {
+        number: 1,
+        id: arguments.replica,
+    };
+    let order = match status.resumable {
+        Some(before) => Command::Resume {
+            designation: before.designation,
+        },
+        None => Command::Promote {
+            designation: first,
+            cause: Cause::Create,
+        },
+    };
+    replica.command(order).await?;
+    let tuning = tuning(arguments.overlay_bytes, durability(arguments.every_write));
+    replica.command(Command::SetTuning(tuning)).await?;
+    Ok(())
 }
 
 fn durability(every_write: bool) -> Durability {
@@ -97,7 +176,9 @@ async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         ublk_state_dir: arguments.ublk_state_dir.clone(),
     };
     let runtime = Runtime::start(&RuntimeConfig::default(), Arc::new(Frontends::new(&config)))?;
-    let replica = runtime.add(arguments.name.as_str(), engine(&arguments)?)?;
+    let opened = open(&arguments)?;
+    let replica = runtime.add(arguments.name.as_str(), opened.engine)?;
+    promote(&replica, &arguments).await?;
     let params = AttachParams {
         name: arguments.name.clone(),
         replica: ReplicaId(arguments.replica),
@@ -141,9 +222,8 @@ async fn perform(replica: &ReplicaHandle, line: &str) -> anyhow::Result<String> 
                 .await?;
         }
         ["durability", wish @ ("on-flush" | "every-write")] => {
-            replica
-                .command(Command::SetTuning(tuning(durability(wish == "every-write"))))
-                .await?;
+            let tuning = tuning(64 << 20, durability(wish == "every-write"));
+            replica.command(Command::SetTuning(tuning)).await?;
         }
         ["users"] => {
             let users = replica.users().await;
@@ -156,11 +236,11 @@ async fn perform(replica: &ReplicaHandle, line: &str) -> anyhow::Result<String> 
     Ok(String::new())
 }
 
-fn tuning(durability: Durability) -> Tuning {
+fn tuning(overlay_budget_bytes: u64, durability: Durability) -> Tuning {
     Tuning {
         durability,
         compression: Compression::None,
-        overlay_budget_bytes: 64 << 20,
+        overlay_budget_bytes,
         segment_bytes: 64 << 20,
         retention_bytes: 0,
     }

@@ -91,14 +91,14 @@ impl ReplicaHandle {
 
     /// Gives an order to the engine and waits for its answer.
     ///
-    /// `Close` is refused while a device is attached. `Resize` also grows an attached device. `SetTuning` changes the
+    /// `Close` and `StepDown` are refused while a device is attached. `Resize` also grows an attached device. `SetTuning` changes the
     /// advertised cache in the order that never promises more than the engine keeps.
     ///
     /// # Errors
     /// The engine's refusal; [`Refusal::Io`] when the engine has stopped or the device could not follow.
     pub async fn command(&self, command: Command) -> Reply {
         match command {
-            Command::Close { .. } => {
+            Command::Close { .. } | Command::StepDown { .. } => {
                 let _changing = self.inner.changing.lock().await;
                 if self.device_now().is_some() {
                     let hint = "its device is attached: detach it first";

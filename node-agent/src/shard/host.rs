@@ -103,7 +103,9 @@ pub(crate) struct Host {
     pool: Arc<JobPool>,
     results_to: Sender<JobResult>,
     results: Receiver<JobResult>,
-    waiting_jobs: VecDeque<Job>,
+    /// Jobs that are not in the pool yet; somebody waits for these.
+    urgent_jobs: VecDeque<Job>,
+    other_jobs: VecDeque<Job>,
     running_jobs: usize,
     status: watch::Sender<Arc<ReplicaStatus>>,
     log_view: watch::Sender<Arc<LogView>>,
@@ -139,7 +141,8 @@ impl Host {
             pool,
             results_to,
             results,
-            waiting_jobs: VecDeque::new(),
+            urgent_jobs: VecDeque::new(),
+            other_jobs: VecDeque::new(),
             running_jobs: 0,
             status: status_to,
             log_view: view_to,
@@ -195,8 +198,8 @@ impl Host {
         while let Some(step) = self.engine.next_step() {
             match step {
                 Step::Complete { tag, result } => complete(tag, result),
-                Step::Job(job) if job.urgent => self.waiting_jobs.push_front(job),
-                Step::Job(job) => self.waiting_jobs.push_back(job),
+                Step::Job(job) if job.urgent => self.urgent_jobs.push_back(job),
+                Step::Job(job) => self.other_jobs.push_back(job),
                 Step::Reply(id, reply) => answered.extend(self.replies.remove(&id).map(|to| (to, reply))),
                 Step::Changed => changed = true,
             }
@@ -215,7 +218,7 @@ impl Host {
 
     fn hand_in_jobs(&mut self) {
         while self.running_jobs < self.pool.share() {
-            let Some(job) = self.waiting_jobs.pop_front() else {
+            let Some(job) = self.urgent_jobs.pop_front().or_else(|| self.other_jobs.pop_front()) else {
                 return;
             };
             self.running_jobs += 1;

@@ -16,6 +16,7 @@ pub mod engine;
 mod handle;
 pub(crate) mod host;
 pub mod owned;
+mod owner_engine;
 pub mod plain;
 pub(crate) mod pool;
 pub(crate) mod thread;
@@ -23,6 +24,7 @@ pub(crate) mod wake;
 
 pub use engine::{Engine, Step};
 pub use handle::{AttachError, AttachParams, DetachError, ReplicaHandle};
+pub use owner_engine::OwnerEngine;
 
 use crate::frontend::Frontends;
 use pool::JobPool;
