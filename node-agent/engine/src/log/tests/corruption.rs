@@ -180,6 +180,46 @@ fn a15_later_batches_prove_a_defect_without_any_other_evidence() {
     );
 }
 
+#[test]
+fn a15_a_later_batch_of_the_same_segment_is_evidence_too() {
+    let store = SimStore::new(3, 0, 64 << 20);
+    let mut driver = Driver::begin(&store, 3, Compression::None);
+    for _ in 0..3 {
+        let range = ByteRange { offset: 0, len: 600 };
+        driver
+            .append_this(RecordKind::Write, range, &Bytes::from(vec![1; 600]))
+            .unwrap();
+        driver.sync().unwrap();
+    }
+    let segment = driver.view().segments[0].clone();
+    store.flip_bit(&FileId::Segment(segment.name), (4096 + 200) * 8);
+    let Outcome::Ended(found) = scan_damaged(&driver, segment.start) else {
+        panic!("the scan ends at the damage")
+    };
+    assert_eq!(found.end, segment.start);
+    // The third batch knew that the first two were durable.
+    assert_eq!(found.proven, driver.history.records[1].1.lsn);
+    assert!(matches!(found.decide(Lsn::ZERO, false), Verdict::Defect { .. }));
+}
+
+/// A record that stands there twice has a valid checksum both times.
+#[test]
+fn a15_a_repeated_record_is_a_sequence_jump() {
+    let tail = with_tail();
+    let image = tail.driver.store.peek(&FileId::Segment(tail.name)).unwrap();
+    let at = usize::try_from(tail.batch).unwrap() + 128;
+    tail.poke(128 + 1040, &image[at..at + 1040]);
+    let from = tail.driver.view().segments[0].start;
+    let Outcome::Ended(found) = scan_damaged(&tail.driver, from) else {
+        panic!("refused")
+    };
+    assert_eq!(
+        (found.end, found.stop.class),
+        (tail.driver.writer.appended(), TailClass::SequenceJump)
+    );
+    assert_eq!(found.decide(found.end.lsn, true), Verdict::Cut);
+}
+
 /// One log with an unsynced batch at its end, and what to do to that batch.
 struct Tail {
     driver: Driver,
@@ -218,7 +258,7 @@ fn with_tail() -> Tail {
 #[test]
 fn a15_every_tail_class_is_named_and_ends_the_log_silently_above_durable() {
     type Damage = fn(&Tail);
-    let cases: [(TailClass, Damage); 9] = [
+    let cases: [(TailClass, Damage); 10] = [
         (TailClass::Zero, |tail| tail.poke(0, &[0; 2000])),
         (TailClass::Foreign, |tail| tail.poke(0, &noise(2000))),
         (TailClass::Repeated, |tail| tail.poke(0, &[0xa5; 4096])),
@@ -241,18 +281,17 @@ fn a15_every_tail_class_is_named_and_ends_the_log_silently_above_durable() {
             let image = tail.driver.store.peek(&FileId::Segment(tail.name)).unwrap();
             tail.poke(0, &image[4096..4096 + 1168]);
         }),
+        (TailClass::SequenceJump, |tail| {
+            // A batch of this very segment and place, but of another history.
+            let start = Position {
+                chain: crate::types::Chain([7; 32]),
+                ..tail.durable
+            };
+            tail.poke(0, &tail.batch_header(start).encode(tail.segment_crc()).0);
+        }),
         (TailClass::Truncated, |tail| {
             // A record that is longer than the rest of the file.
-            let end = tail.durable;
-            let batch = BatchHeader {
-                segment: tail.name,
-                file_offset: tail.batch,
-                start: end,
-                first_sequence: 1,
-                durable: end.lsn,
-                compression: Compression::None,
-            };
-            let (batch, batch_crc) = batch.encode(tail.segment_crc());
+            let (batch, batch_crc) = tail.batch_header(tail.durable).encode(tail.segment_crc());
             let header = RecordHeader {
                 kind: RecordKind::Write,
                 flags: 0,
@@ -303,6 +342,18 @@ impl Tail {
         self.driver
             .store
             .flip_bit(&FileId::Segment(self.name), (self.batch + byte) * 8);
+    }
+
+    /// The header of a batch at the place of the last one.
+    fn batch_header(&self, start: Position) -> BatchHeader {
+        BatchHeader {
+            segment: self.name,
+            file_offset: self.batch,
+            start,
+            first_sequence: 1,
+            durable: start.lsn,
+            compression: Compression::None,
+        }
     }
 
     fn segment_crc(&self) -> u32 {

@@ -43,8 +43,10 @@ fn script(driver: &mut Driver) -> Result<(), Halt> {
             _ => {}
         }
         driver.append()?;
-        if round != 5 {
-            driver.sync()?;
+        match round {
+            5 => {}
+            1 | 3 | 8 => driver.sync_while_appending()?,
+            _ => driver.sync()?,
         }
         driver.prepare()?;
     }
@@ -211,7 +213,8 @@ fn a11_random_runs_with_random_deaths_keep_their_promises() {
             for _ in 0..200 {
                 let result = match rng.random_range(0..12) {
                     0 => driver.start_epoch(Cause::Handover),
-                    1..4 => driver.sync(),
+                    1 | 2 => driver.sync(),
+                    3 => driver.sync_while_appending(),
                     _ => driver.append(),
                 };
                 if result.is_err() {

@@ -183,6 +183,25 @@ impl Driver {
         }
     }
 
+    /// A sync that takes its time: appends go on while it is under way, and it covers none of them.
+    fn sync_while_appending(&mut self) -> Result<(), Halt> {
+        let Some(files) = self.writer.begin_sync() else {
+            return Ok(());
+        };
+        let captured = self.writer.appended();
+        let result = files
+            .iter()
+            .try_for_each(StoreFile::sync)
+            .map_err(|error| error.to_string());
+        let appended = self.append().and_then(|()| self.append());
+        assert!(self.writer.begin_sync().is_none(), "one sync at a time");
+        match self.writer.sync_done(result) {
+            SyncResult::Durable(end) => assert_eq!(end, captured),
+            SyncResult::Poisoned => return Err(Halt),
+        }
+        appended
+    }
+
     fn start_epoch(&mut self, cause: Cause) -> Result<(), Halt> {
         self.prepare()?;
         let entry = epoch(self.history.epochs.len() as u64 + 1, self.writer.appended(), cause);
