@@ -3,13 +3,16 @@
 //! Invariant: the data path (shards, frontends, replication) never waits for the API server, and nothing that is
 //! absent – an object, a directory, a mount – makes the agent delete, recreate or overwrite data.
 
+pub mod agent;
 pub mod config;
 pub mod frontend;
 pub mod identity;
 pub mod keeper;
 pub mod layout;
+pub mod link;
 pub mod local_socket;
 pub mod metrics;
+pub mod node_status;
 pub mod pool;
 pub mod reconcile;
 pub mod replication;

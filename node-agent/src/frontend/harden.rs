@@ -96,12 +96,25 @@ fn lock_memory() -> io::Result<()> {
 }
 
 /// A *private* namespace would keep file systems mounted that were unmounted outside, and so pin our own devices.
+/// Where the outside is not shared (a bare init, a container without propagation), nothing would follow: then we stay in
+/// the outside's own namespace, in which nothing of ours can pin anything, either.
 fn follow_mounts() -> io::Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    if !root_is_shared(&mounts) {
+        return Ok(());
+    }
     unshare_mounts()?;
     Ok(mount_change(
         "/",
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )?)
+}
+
+/// Whether the mount that is `/` passes its mounts and unmounts on.
+fn root_is_shared(mountinfo: &str) -> bool {
+    let root = mountinfo.lines().rfind(|line| line.split(' ').nth(4) == Some("/"));
+    let optional = root.and_then(|line| line.split(" - ").next());
+    optional.is_some_and(|fields| fields.split(' ').skip(6).any(|field| field.starts_with("shared:")))
 }
 
 #[expect(
@@ -111,4 +124,20 @@ fn follow_mounts() -> io::Result<()> {
 fn unshare_mounts() -> io::Result<()> {
     // SAFETY: only the mount namespace is unshared; no descriptor table is split behind the back of other code.
     Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::root_is_shared;
+
+    #[test]
+    fn a_root_that_is_not_shared_is_not_left() {
+        assert!(root_is_shared(
+            "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+        ));
+        assert!(!root_is_shared("27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"));
+        assert!(!root_is_shared(
+            "27 1 254:0 / /mnt rw shared:1 - ext4 /dev/vda rw\n28 1 254:0 / / rw - ext4 /dev/vda rw\n"
+        ));
+    }
 }

@@ -76,6 +76,8 @@ pub struct ReplicaView {
     pub overlay_bytes: u64,
     /// Log on disk (bytes).
     pub log_bytes: u64,
+    /// Lamport time of the last durable record (nanoseconds).
+    pub durable_lamport_ns: u64,
     /// Why nothing is fetched or copied, if so.
     pub replication_waits: String,
 }

@@ -406,38 +406,57 @@ fn granted(designation: Designation, cause: GrantCause, facts: &Facts, plan: &mu
             ),
         );
     }
+    if facts.done.primary_under == Some(designation) {
+        // Carried out before, and given up since: by a newer designation, or because the saved state was damaged.
+        return plan.wait(
+            "RoleLost",
+            format!(
+                "this replica was primary under {} and may not simply go on: the operator has to issue a newer designation",
+                designation.number
+            ),
+        );
+    }
     let promote = Step::Promote {
         designation,
         cause: engine_cause(cause),
     };
     match cause {
-        GrantCause::Create if is_blank(status) || status.data == DataState::Consistent => plan.steps.push(promote),
-        GrantCause::Handover { end } => handover(designation, end, facts, promote, plan),
-        GrantCause::Failover | GrantCause::Create => match status.data {
-            DataState::Consistent => plan.steps.push(promote),
-            _ => plan.wait("NotConsistent", "the data is not consistent: it can be promoted when the sync is complete; designate another member or wait"),
+        GrantCause::Create if is_blank(status) => plan.steps.push(promote),
+        GrantCause::Create => plan.wait(
+            "CreateOnData",
+            "cause Create is for a replica without data, and this one has some: it has to be designated by a failover",
+        ),
+        GrantCause::Handover { end: Some(end) } => handover(designation, end, facts, promote, plan),
+        GrantCause::Handover { end: None } => match status.released.and_then(|released| released.to) {
+            Some(to) => plan.wait(
+                "ClosedFor",
+                format!("this replica has closed for {to}: only its refusal or a failover leads back"),
+            ),
+            None => when_consistent(status, promote, plan),
         },
+        GrantCause::Failover => when_consistent(status, promote, plan),
+    }
+}
+
+fn when_consistent(status: &ReplicaStatus, promote: Step, plan: &mut Plan) {
+    match status.data {
+        DataState::Consistent => plan.steps.push(promote),
+        _ => plan.wait(
+            "NotConsistent",
+            "the data is not consistent: it can be promoted when the sync is complete; designate another member or wait",
+        ),
     }
 }
 
 /// Promotes exactly at the end that the predecessor released; refuses for good when that can never be reached.
-fn handover(designation: Designation, end: Option<Position>, facts: &Facts, promote: Step, plan: &mut Plan) {
+fn handover(designation: Designation, end: Position, facts: &Facts, promote: Step, plan: &mut Plan) {
     let status = &*facts.status;
-    let Some(end) = end else {
-        return plan.wait(
-            "NoHandoverEnd",
-            "the grant does not say where the predecessor's history ends",
-        );
-    };
     if let Some(broken) = status.faults.iter().find(|fault| disqualifies(fault)) {
         let reason = format!("this replica cannot be primary: {broken:?}");
         return plan.steps.push(Step::RefusePromote { designation, reason });
     }
     if status.durable == end {
-        match status.data {
-            DataState::Consistent => plan.steps.push(promote),
-            _ => plan.wait("NotConsistent", "the sync has to be complete before the role is taken"),
-        }
+        when_consistent(status, promote, plan);
     } else if status.durable.lsn >= end.lsn && status.data == DataState::Consistent {
         let reason = format!(
             "the history here ({}) is not the one that was released ({end})",

@@ -4,7 +4,7 @@ use super::super::facts::{Done, PeerFacts, RefusedPromote};
 use super::super::todo::{Limits, OneShots, PeerTodo};
 use super::*;
 use crate::pool::backing::BackingWish;
-use mars_engine::api::{Compression, Durability, Resumable};
+use mars_engine::api::{Compression, Durability, Released, Resumable};
 use mars_engine::lineage::{EpochEntry, Lineage};
 use mars_engine::types::{Chain, EpochId, Lamport, Lsn, ResourceId};
 use std::sync::Arc;
@@ -216,11 +216,7 @@ fn a_blank_replica_is_promoted_by_create_only() {
 fn a31_a_replica_that_syncs_is_not_promoted_by_anything() {
     let mut syncing = status(Role::Secondary, 0);
     syncing.data = DataState::Syncing;
-    for cause in [
-        GrantCause::Create,
-        GrantCause::Failover,
-        GrantCause::Handover { end: Some(at(100)) },
-    ] {
+    for cause in [GrantCause::Failover, GrantCause::Handover { end: Some(at(100)) }] {
         let plan = plan(&todo(primary_grant(5, cause)), &facts(syncing.clone()));
         assert_eq!(
             (plan.steps.len(), reasons(&plan)),
@@ -252,8 +248,20 @@ fn a50_a_handover_promotes_exactly_at_the_released_end() {
         let fork = plan(&grant(end), &facts);
         assert!(matches!(fork.steps[..], [Step::RefusePromote { .. }]), "{fork:?}");
     }
-    let unsaid = plan(&todo(primary_grant(4, GrantCause::Handover { end: None })), &facts);
-    assert_eq!((unsaid.steps.len(), reasons(&unsaid)), (0, vec!["NoHandoverEnd"]));
+    // Without an end the handover was given up, and this replica may have the role back.
+    let given_up = plan(&todo(primary_grant(4, GrantCause::Handover { end: None })), &facts);
+    assert_eq!(given_up.steps, there.steps);
+    let mut closed = status(Role::Secondary, 3);
+    closed.released = Some(Released {
+        designation: designation(3),
+        to: Some(replica(11)),
+        end: at(100),
+    });
+    let closed = plan(
+        &todo(primary_grant(4, GrantCause::Handover { end: None })),
+        &self::facts(closed),
+    );
+    assert_eq!((closed.steps.len(), reasons(&closed)), (0, vec!["ClosedFor"]));
 }
 
 #[test]
@@ -488,4 +496,35 @@ fn a56_a_device_left_over_from_the_time_as_primary_goes_once_nobody_uses_it() {
     facts.device_users = vec!["/mnt".into()];
     let stranded = plan(&todo(follow(4)), &facts);
     assert_eq!((stranded.steps.len(), reasons(&stranded)), (0, vec!["DeviceStranded"]));
+}
+
+#[test]
+fn a56_a_role_that_was_lost_is_not_taken_again_under_the_same_designation() {
+    let mut facts = facts(status(Role::Secondary, 3));
+    facts.done.primary_under = Some(designation(3));
+    let lost = plan(&todo(primary_grant(3, GrantCause::Failover)), &facts);
+    assert_eq!((lost.steps.len(), reasons(&lost)), (0, vec!["RoleLost"]));
+    assert_eq!(
+        plan(&todo(primary_grant(4, GrantCause::Failover)), &facts).steps.len(),
+        1
+    );
+}
+
+#[test]
+fn a58_create_never_takes_over_data() {
+    let plan = plan(
+        &todo(primary_grant(4, GrantCause::Create)),
+        &facts(status(Role::Secondary, 3)),
+    );
+    assert_eq!((plan.steps.len(), reasons(&plan)), (0, vec!["CreateOnData"]));
+}
+
+#[test]
+fn a62_a_replica_that_is_being_deleted_gets_no_more_orders() {
+    let mut todo = todo(primary_grant(4, GrantCause::Failover));
+    todo.deletion = Some(crate::reconcile::todo::DataPolicy::Delete);
+    let mut facts = facts(status(Role::Secondary, 3));
+    assert_eq!(plan(&todo, &facts), Plan::default());
+    facts.device_users = vec!["/mnt".into()];
+    assert_eq!(reasons(&plan(&todo, &facts)), ["DeviceInUse"]);
 }

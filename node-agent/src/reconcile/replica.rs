@@ -16,8 +16,7 @@ use super::todo::{Grant, Todo};
 use super::writer;
 use crate::frontend::{DeviceUser, users};
 use crate::pool::backing::Backing;
-use crate::shard::ReplicaHandle;
-use crate::shard::owned::OwnedEngine;
+use crate::shard::{OwnerEngine, ReplicaHandle};
 use mars_crds::MarsReplicaStatus;
 use mars_engine::api::{ReplicaStatus, Role, Tuning};
 use mars_engine::types::Designation;
@@ -211,7 +210,7 @@ impl ReplicaTask {
         let handle = self
             .node
             .runtime
-            .add(&todo.name, Box::new(OwnedEngine::new(owner)))
+            .add(&todo.name, Box::new(OwnerEngine::new(owner)))
             .map_err(failed)?;
         let engine = handle.status();
         let known = engine.borrow().designation;
@@ -378,6 +377,7 @@ impl ReplicaTask {
             view.rates = rates;
             view.overlay_bytes = status.overlay_bytes;
             view.log_bytes = status.log_bytes;
+            view.durable_lamport_ns = status.durable_time.0;
             view.replication_waits.clone_from(&peers.waits);
         });
     }
@@ -414,6 +414,7 @@ impl ReplicaTask {
             rates: Rates::default(),
             overlay_bytes: 0,
             log_bytes: 0,
+            durable_lamport_ns: 0,
             replication_waits: String::new(),
         };
         more(&mut view);

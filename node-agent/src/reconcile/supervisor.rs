@@ -4,7 +4,7 @@
 //! older than the one acted upon, or that vanishes, changes nothing (P12).
 
 use super::context::NodeContext;
-use super::object::{InvalidObject, to_todo};
+use super::object::{InvalidObject, TuningDefaults, to_todo};
 use super::replica::{self, Ask, Order, ReplicaControl};
 use super::source::Update;
 use super::superblock;
@@ -34,6 +34,9 @@ pub enum Request {
     /// The list of replicas given up while this node was away.
     Forgotten(Vec<Forgotten>),
 }
+
+/// No replica gets less memory for its overlay (bytes).
+const OVERLAY_LEAST_BYTES: u64 = 8 << 20;
 
 /// One replica.
 struct Entry {
@@ -102,8 +105,16 @@ impl Supervisor {
     /// Takes over an object, unless it is older than the one acted upon.
     fn see(&mut self, object: MarsReplica, from_api: bool) {
         let replica = ReplicaId(object.spec.replica_uuid);
-        let todo = to_todo(&object, self.node.tuning);
         self.replicas.retain(|_, entry| !entry.control.order.is_closed());
+        let joins = usize::from(!self.replicas.contains_key(&replica));
+        let share = self.share_bytes(self.replicas.len() + joins);
+        let todo = to_todo(
+            &object,
+            TuningDefaults {
+                overlay_budget_bytes: share,
+                ..self.node.tuning
+            },
+        );
         let Some(entry) = self.replicas.get_mut(&replica) else {
             return self.begin(replica, object, todo, from_api);
         };
@@ -131,6 +142,7 @@ impl Supervisor {
             }
             entry.object = object;
         }
+        self.share_memory();
     }
 
     fn begin(
@@ -158,6 +170,29 @@ impl Supervisor {
         };
         let control = replica::start(self.node.clone(), order, &self.tracker);
         self.replicas.insert(replica, Entry { object, control });
+        self.share_memory();
+    }
+
+    /// What one of `count` replicas gets of the node's overlay memory (bytes).
+    fn share_bytes(&self, count: usize) -> u64 {
+        let count = u64::try_from(count).unwrap_or(u64::MAX).max(1);
+        (self.node.tuning.overlay_budget_bytes / count).max(OVERLAY_LEAST_BYTES)
+    }
+
+    /// Divides the node's overlay memory anew.
+    fn share_memory(&self) {
+        let share = self.share_bytes(self.replicas.len());
+        for entry in self.replicas.values() {
+            entry.control.order.send_if_modified(|order| {
+                let changed = order.todo.tuning.overlay_budget_bytes != share;
+                if changed {
+                    let mut todo = (*order.todo).clone();
+                    todo.tuning.overlay_budget_bytes = share;
+                    order.todo = Arc::new(todo);
+                }
+                changed
+            });
+        }
     }
 
     fn is_forgotten(&self, replica: ReplicaId) -> bool {

@@ -15,7 +15,6 @@
 pub mod engine;
 mod handle;
 pub(crate) mod host;
-pub mod owned;
 mod owner_engine;
 pub mod plain;
 pub(crate) mod pool;
