@@ -8,13 +8,13 @@
 //!
 //! # When something fails
 //! After any failed write or sync the files concerned are never written again. Records that were not durable are
-//! still here, and [`LogWriter::begin_rewrite`] turns them into a [`TailRewrite`]: work that puts them into a new segment
+//! still here, and [`LogWriter::begin_rewrite`] turns them into a [`TailRewrite`](super::TailRewrite): work that puts them into a new segment
 //! that begins at the durable end. Recovery after a restart is the same thing: a writer that begins poisoned.
 //!
 //! Invariants: `durable ≤ appended`; the kept tail leads exactly from `durable` to `appended`; no byte at or below a position that
 //! was captured by `begin_sync` is written afterwards.
 
-use super::rewrite::{Piece, Rewritten, TailItem, TailRewrite};
+use super::rewrite::TailItem;
 use super::{SegmentMeta, align_up};
 use crate::api::{Compression, LogView, SegmentView};
 use crate::chain;
@@ -24,56 +24,18 @@ use crate::format::record::{HEADER_LEN, Record, RecordHeader, RecordKind};
 use crate::format::segment::{FIRST_BATCH_OFFSET, LogIdentity, SegmentHeader};
 use crate::lineage::{EpochEntry, Lineage};
 use crate::store::{SegmentName, Store, StoreFile};
-use crate::types::{ByteRange, Lamport, Lsn, Position};
+use crate::types::{ByteRange, Lamport, Position};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::io;
 
+mod heal;
 mod pack;
+mod segments;
+mod state;
+
 pub(super) use pack::{Packer, unpack};
-
-/// Where an appended record stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Appended {
-    /// Its first byte.
-    pub start: Lsn,
-    /// Just behind it.
-    pub end: Position,
-}
-
-/// Why nothing was appended; the log is as before.
-#[derive(Debug, thiserror::Error)]
-pub enum AppendError {
-    /// The current segment is full (or there is none) and no other is prepared yet.
-    #[error("the log needs a new segment: hand one over with add_prepared, then append again")]
-    NeedSegment,
-    /// The log cannot be written until its tail is rewritten.
-    #[error("the log cannot be written ({cause}): rewrite its tail into a new segment")]
-    Poisoned {
-        /// What the system said.
-        cause: String,
-    },
-    /// A record from elsewhere that is not the next one.
-    #[error("record {found} does not follow: number {expected} of this epoch is next")]
-    NotNext {
-        /// Its sequence number.
-        found: u64,
-        /// The expected one.
-        expected: u64,
-    },
-    /// A record that the format cannot hold.
-    #[error("record refused: {0}")]
-    Format(#[from] FormatError),
-}
-
-/// What has become of a sync.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SyncResult {
-    /// Everything up to here is durable.
-    Durable(Position),
-    /// It failed: the log is poisoned.
-    Poisoned,
-}
+pub use state::{AppendError, Appended, LogState, SyncResult};
 
 /// The segment that is being written.
 #[derive(Debug)]
@@ -129,49 +91,6 @@ pub struct LogWriter<S: Store> {
     poison: Option<String>,
     compression: Compression,
     packer: Packer,
-}
-
-/// Where a log stands that is opened or begun.
-#[derive(Debug)]
-pub struct LogState {
-    /// Whose log it is.
-    pub identity: LogIdentity,
-    /// The segments that hold it, ascending.
-    pub segments: Vec<SegmentMeta>,
-    /// Above the number of every file that exists, whatever is in it.
-    pub next_number: u32,
-    /// The epoch at `durable`; the tail names later ones.
-    pub epoch: EpochEntry,
-    /// How far it is proven to be on stable storage.
-    pub durable: Position,
-    /// What follows up to the end, readable but unproven.
-    pub tail: VecDeque<TailItem>,
-    /// The end.
-    pub end: Position,
-    /// Sequence of the next record; `None` when no record of this epoch was ever seen here.
-    pub next_sequence: Option<u64>,
-}
-
-impl LogState {
-    /// A log that begins at `start`, without any segment: the position where `epoch` begins, or one within it (sync target).
-    ///
-    /// # Panics
-    /// When `start` names another epoch.
-    #[must_use]
-    pub fn empty(identity: LogIdentity, next_number: u32, epoch: EpochEntry, start: Position) -> Self {
-        assert_eq!(epoch.id, start.epoch, "a log begins in the epoch it names");
-        let at_start = epoch.parent.lsn == start.lsn && epoch.parent.chain == start.chain;
-        Self {
-            identity,
-            segments: Vec::new(),
-            next_number,
-            epoch,
-            durable: start,
-            tail: VecDeque::new(),
-            end: start,
-            next_sequence: at_start.then_some(0),
-        }
-    }
 }
 
 impl<S: Store> LogWriter<S> {
@@ -292,17 +211,6 @@ impl<S: Store> LogWriter<S> {
     pub fn needs_sync(&self) -> bool {
         let dirty = !self.left_dirty.is_empty() || self.current.as_ref().is_some_and(|current| current.dirty);
         dirty && self.syncing.is_none() && self.poison.is_none()
-    }
-
-    /// Above the number of every segment that was ever named here.
-    #[must_use]
-    pub fn next_number(&self) -> u32 {
-        self.next_number
-    }
-
-    /// Takes back the prepared segment: the log ends, and its file is to be removed.
-    pub fn take_prepared(&mut self) -> Option<SegmentName> {
-        self.prepared.take().map(|prepared| prepared.name)
     }
 
     /// Applies to batches begun from now on.
@@ -576,163 +484,5 @@ impl<S: Store> LogWriter<S> {
             }
         }
         self.durable = end;
-    }
-
-    /// Name of the segment that should be created now, so that one is always prepared ahead. Each name is handed out once:
-    /// answer it with `add_prepared` or `prepare_failed`.
-    pub fn next_prepared(&mut self) -> Option<SegmentName> {
-        if self.prepared.is_some() || self.requested.is_some() {
-            return None;
-        }
-        self.requested = Some(self.new_name());
-        self.requested
-    }
-
-    fn new_name(&mut self) -> SegmentName {
-        let number = self.next_number;
-        self.next_number = number.checked_add(1).expect("a log has fewer than 2^32 segments");
-        SegmentName {
-            number,
-            origin: self.identity.origin(),
-        }
-    }
-
-    /// Takes a created segment. `false`: it is no longer wanted and its file should be removed.
-    #[must_use]
-    pub fn add_prepared(&mut self, name: SegmentName, file: S::File, file_bytes: u64) -> bool {
-        if self.requested != Some(name) {
-            return false;
-        }
-        self.requested = None;
-        self.prepared = Some(Prepared { name, file, file_bytes });
-        true
-    }
-
-    /// The creation failed; the next attempt gets another name.
-    pub fn prepare_failed(&mut self, name: SegmentName) {
-        if self.requested == Some(name) {
-            self.requested = None;
-        }
-    }
-
-    /// Segments whose content lies below `lsn` leave the log; their files are to be removed in this order. Never the last one,
-    /// and not the end of an epoch exactly at `lsn`: a member may stand there in that epoch.
-    pub fn forget_segments_below(&mut self, lsn: Lsn) -> Vec<SegmentName> {
-        let limit = lsn.min(self.durable.lsn);
-        let passed = |pair: &&[SegmentMeta]| {
-            let end = pair[1].start;
-            end.lsn < limit || (end.lsn == limit && end.epoch == pair[0].start.epoch)
-        };
-        let gone = self.segments.windows(2).take_while(passed).count();
-        self.segments.drain(..gone).map(|segment| segment.name).collect()
-    }
-
-    /// Work that brings a poisoned log back: everything above the durable end goes into new segments, the last with at least
-    /// `segment_bytes`. `None` when the log is not poisoned, or a sync or another rewrite is under way.
-    pub fn begin_rewrite(&mut self, segment_bytes: u64) -> Option<TailRewrite> {
-        if self.poison.is_none() || self.syncing.is_some() || self.rewriting {
-            return None;
-        }
-        self.rewriting = true;
-        self.requested = None;
-        let mut pieces = self.pieces();
-        let names = pieces.iter().map(|_| self.new_name()).collect::<Vec<_>>();
-        pieces.iter_mut().zip(names).for_each(|(piece, name)| piece.name = name);
-        Some(TailRewrite {
-            identity: self.identity,
-            previous: self.survivors().last().map_or(0, |segment| segment.name.number),
-            durable: self.durable.lsn,
-            next_sequence: self.next_sequence,
-            compression: self.compression,
-            segment_bytes,
-            pieces,
-        })
-    }
-
-    /// The tail, one piece per epoch.
-    fn pieces(&self) -> Vec<Piece> {
-        let mut at = self.durable;
-        let mut pieces = vec![Piece::new(self.durable_epoch.clone(), at)];
-        for item in &self.tail {
-            match item {
-                TailItem::Epoch(entry) => {
-                    at.epoch = entry.id;
-                    // An epoch that ends where it begins needs a segment only if no other one tells of it.
-                    let before = pieces.last().expect("there is a first piece");
-                    let known = self
-                        .survivors()
-                        .iter()
-                        .any(|segment| segment.start.epoch == before.epoch.id);
-                    if before.records.is_empty() && known {
-                        pieces.pop();
-                    }
-                    pieces.push(Piece::new(entry.clone(), at));
-                }
-                TailItem::Record(record) => {
-                    at.lsn = at.lsn.advance(record.lsn_bytes());
-                    at.chain = chain::advance(at.chain, at.epoch, &record.header, &record.payload);
-                    pieces
-                        .last_mut()
-                        .expect("there is a first piece")
-                        .records
-                        .push(record.clone());
-                }
-            }
-        }
-        assert_eq!(at, self.appended, "the tail leads from durable to appended");
-        pieces
-    }
-
-    /// The segments that hold durable content, or tell of a durable epoch without any: they stay after a rewrite.
-    fn survivors(&self) -> &[SegmentMeta] {
-        let stays = |segment: &&SegmentMeta| {
-            let start = segment.start;
-            let is_witness = start.lsn == self.durable.lsn && start.epoch != self.durable.epoch;
-            start.lsn < self.durable.lsn || (is_witness && segment.name.number <= self.durable_segment)
-        };
-        let count = self.segments.iter().take_while(stays).count();
-        &self.segments[..count]
-    }
-
-    /// Takes over what a [`TailRewrite`] made. The files of the returned names are to be removed: they hold nothing of this
-    /// log any more.
-    ///
-    /// # Panics
-    /// When no rewrite is under way.
-    pub fn finish_rewrite(&mut self, done: Rewritten<S::File>) -> Vec<SegmentName> {
-        assert!(
-            std::mem::take(&mut self.rewriting),
-            "finish_rewrite answers a begin_rewrite"
-        );
-        let keep = self.survivors().len();
-        let mut obsolete: Vec<SegmentName> = self.segments.drain(keep..).map(|segment| segment.name).collect();
-        obsolete.extend(self.prepared.take().map(|prepared| prepared.name));
-        self.segments.extend(&done.segments);
-        let (file, crc, offset) = done.last;
-        let file_bytes = done.segments.last().expect("a rewrite makes a segment").file_bytes;
-        self.current = Some(Current {
-            file,
-            crc,
-            file_bytes,
-            offset,
-            batch: None,
-            dirty: false,
-        });
-        self.left_dirty.clear();
-        self.advance_durable(self.appended);
-        self.durable_segment = self.segments.last().map_or(0, |last| last.name.number);
-        self.poison = None;
-        obsolete
-    }
-
-    /// The rewrite failed; another one may be tried.
-    ///
-    /// # Panics
-    /// When no rewrite is under way.
-    pub fn rewrite_failed(&mut self) {
-        assert!(
-            std::mem::take(&mut self.rewriting),
-            "rewrite_failed answers a begin_rewrite"
-        );
     }
 }
