@@ -94,6 +94,11 @@ pub struct Slots<S: Store, T> {
     _state: PhantomData<fn(T)>,
 }
 
+/// Odd generations stand in slot 0, even ones in slot 1.
+fn file_of<F>(files: &[F; 2], generation: u64) -> &F {
+    &files[usize::from(generation.is_multiple_of(2))]
+}
+
 /// What one slot says.
 enum Content {
     State { generation: u64, body: Vec<u8> },
@@ -179,6 +184,11 @@ impl<S: Store, T: Serialize + DeserializeOwned> Slots<S, T> {
             ) if generation < other => (other, newer, None),
             (Content::State { generation, body }, Content::State { .. }) => (generation, body, None),
         };
+        // The process before may have died between its write and its sync. The next save overwrites the other slot, which must
+        // not be the only one on stable storage then.
+        file_of(&files, generation)
+            .sync()
+            .map_err(io_error("sync the newer slot"))?;
         let slot_bytes = files[0].size().map_err(io_error("size of slot 0"))?;
         let state = serde_json::from_slice(&body)?;
         Ok((
@@ -219,7 +229,7 @@ impl<S: Store, T: Serialize + DeserializeOwned> Slots<S, T> {
         let crc = crc32c(&[&image[..CRC_AT], &body]);
         image.extend_from_slice(&crc.to_le_bytes());
         image.extend_from_slice(&body);
-        let file = self.files[usize::from(generation.is_multiple_of(2))].clone();
+        let file = file_of(&self.files, generation).clone();
         self.generation = generation;
         Ok(SlotWrite { file, bytes: image })
     }

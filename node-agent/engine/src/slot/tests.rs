@@ -89,6 +89,27 @@ fn an_interrupted_creation_is_repeated_but_slots_in_use_are_never_replaced() {
     assert_eq!(load(&store).state, vec![0]);
 }
 
+/// A process dies between write and sync; the next one finds its bytes in the page cache only, and the power fails while it saves.
+#[test]
+fn a_state_that_only_the_page_cache_holds_never_costs_both_slots() {
+    for seed in 0..400 {
+        let (store, mut slots) = create(seed);
+        slots.save(&state(1)).unwrap();
+        let write = slots.prepare(&state(2)).unwrap();
+        // The write is done, the sync is not.
+        store.crash_at_io(store.io_count() + 1);
+        assert!(write.run().is_err());
+        let store = store.restart();
+        let (mut slots, loaded) = Slots::<_, Saved>::open(&store).unwrap();
+        assert_eq!(loaded.state, state(2));
+        store.crash_at_io(store.io_count() + 1);
+        assert!(slots.save(&state(3)).is_err());
+        store.power_loss(Survival::Torn);
+        let loaded = load(&store.restart()).state;
+        assert!(loaded == state(2) || loaded == state(3), "seed {seed}: {loaded:?}");
+    }
+}
+
 #[test]
 fn damage_of_one_slot_is_named_and_falls_back() {
     let (store, mut slots) = create(2);
