@@ -169,7 +169,7 @@ mod tests {
         };
         saved.data = DataState::Consistent;
         saved.lineage = Lineage(vec![epoch(1, Position::default())]);
-        (saved.applied, saved.dirty_end, saved.durable) = (at(1, 100), at(1, 200), at(1, 300));
+        (saved.applied, saved.dirty_end, saved.durable) = (at(1, 100), at(1, 200), Lsn(300));
         saved
     }
 

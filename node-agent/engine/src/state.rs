@@ -112,8 +112,8 @@ pub struct SavedState {
     pub applied: Position,
     /// How far write-back may have begun.
     pub dirty_end: Position,
-    /// End of the log on stable storage, at the time of saving; may have grown since.
-    pub durable: Position,
+    /// How far the log was ever known to be on stable storage. If less is found, the log is damaged, not torn.
+    pub durable: Lsn,
     /// Lamport time of the last applied record.
     pub applied_time: Lamport,
     /// The Lamport clock.
@@ -156,7 +156,7 @@ impl SavedState {
             size_bytes,
             applied: Position::default(),
             dirty_end: Position::default(),
-            durable: Position::default(),
+            durable: Lsn::ZERO,
             applied_time: Lamport::default(),
             clock: Lamport::default(),
             log: LogOrigin {

@@ -186,6 +186,7 @@ impl<S: Store> Owner<S> {
             self.defect_until = None;
             self.faults.clear(|fault| matches!(fault, Fault::LogDefect { .. }));
         }
+        self.saver.durable_moved(self.now.mono);
         self.complete_durable();
         self.changed = true;
         self.moved = true;

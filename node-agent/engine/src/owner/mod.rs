@@ -175,12 +175,15 @@ impl<S: Store> Owner<S> {
     /// When `handle(Event::Tick)` is wanted at the latest (on the monotonic clock of [`Now`]).
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
+        if self.is_shut_down {
+            return None;
+        }
         let mono = self.now.mono;
         [
             self.commit.deadline().filter(|_| self.repair.is_none()),
             self.flight.deadline(mono),
             self.replay.deadline(mono),
-            self.saver.retry.deadline(mono),
+            self.saver.deadline(mono),
             self.segments.deadline(mono),
             self.repair.as_ref().and_then(|repair| repair.deadline(mono)),
         ]

@@ -213,6 +213,8 @@ impl<S: Store> Owner<S> {
             tracing::error!(replica = %self.replica, ?fault, %until, "the log is damaged below what was durable");
             self.faults.set(fault);
             self.defect_until = Some(until);
+            // What proves it may be overwritten or removed: it is remembered here.
+            self.saved.durable = self.saved.durable.max(until);
         }
         match self.log.poisoned().map(str::to_owned) {
             Some(cause) => self.begin_repair(cause),
@@ -375,7 +377,7 @@ fn open_log<S: Store>(
 }
 
 fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool) -> Found {
-    let verdict = scan.decide(saved.durable.lsn, same_boot);
+    let verdict = scan.decide(saved.durable, same_boot);
     let (end, epochs, last_record) = (scan.end, scan.epochs.clone(), scan.last_record.clone());
     let trailing_close = last_record
         .as_ref()

@@ -59,6 +59,15 @@ pub(super) enum Operation {
 impl<S: Store> Owner<S> {
     /// Takes an order: done at once, begun, or refused.
     pub(super) fn order(&mut self, id: CommandId, command: Command) {
+        if self.is_shut_down {
+            return self.refuse(
+                id,
+                Refusal::WrongRole {
+                    role: self.role,
+                    hint: "the replica is shut down: open it again",
+                },
+            );
+        }
         match command {
             Command::AcceptLog(chunk) => self.accept_log(id, chunk),
             Command::AcceptEpoch(entry) => self.accept_epoch(id, entry),

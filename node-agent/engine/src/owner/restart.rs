@@ -133,7 +133,7 @@ impl<S: Store> Owner<S> {
             saved.role = SavedRole::Secondary;
             saved.sync = sync;
             saved.size_bytes = size_bytes;
-            (saved.applied, saved.dirty_end, saved.durable) = (start, start, start);
+            (saved.applied, saved.dirty_end, saved.durable) = (start, start, start.lsn);
             saved.log = LogOrigin {
                 first_segment,
                 start,

@@ -4,6 +4,7 @@
 
 use super::retry::Retry;
 use crate::types::Lsn;
+use std::time::Duration;
 
 /// Counts changes of the saved state; comparable.
 pub(super) type Generation = u64;
@@ -20,13 +21,39 @@ pub(super) struct Saver {
     /// Applied positions in the two slots, the one written last first: segments go only below both.
     applied: [Lsn; 2],
     issued_applied: Lsn,
+    /// The durable end has moved since the last save: save it by then, as evidence against later damage.
+    evidence_due: Option<Duration>,
 }
+
+/// How long the durable end may move without being saved.
+const EVIDENCE_DELAY: Duration = Duration::from_secs(1);
 
 impl Saver {
     /// Something changed; says which generation contains it.
     pub(super) fn request(&mut self) -> Generation {
         self.wanted = self.wanted.max(self.issued) + 1;
         self.wanted
+    }
+
+    /// The durable end of the log has moved.
+    pub(super) fn durable_moved(&mut self, now: Duration) {
+        self.evidence_due.get_or_insert(now + EVIDENCE_DELAY);
+    }
+
+    /// Turns evidence that has waited long enough into a wanted write.
+    pub(super) fn collect_evidence(&mut self, now: Duration) {
+        if self.evidence_due.is_some_and(|due| due <= now) {
+            self.evidence_due = None;
+            self.request();
+        }
+    }
+
+    /// When there is something to do.
+    pub(super) fn deadline(&self, now: Duration) -> Option<Duration> {
+        [self.retry.deadline(now), self.evidence_due]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Whether a write should begin.
@@ -39,6 +66,7 @@ impl Saver {
         self.in_flight = true;
         self.issued = self.wanted;
         self.issued_applied = applied;
+        self.evidence_due = None;
     }
 
     /// The write came back; `true` = it succeeded.

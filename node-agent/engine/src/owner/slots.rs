@@ -4,7 +4,7 @@
 
 use super::saver::Generation;
 use super::{Owner, Purpose};
-use crate::api::{CommandId, Fault, Role};
+use crate::api::{CommandId, Fault};
 use crate::jobs::Job;
 use crate::store::Store;
 use std::io;
@@ -17,12 +17,15 @@ impl<S: Store> Owner<S> {
     }
 
     pub(super) fn step_saver(&mut self) {
+        if !self.is_shut_down {
+            self.saver.collect_evidence(self.now.mono);
+        }
         if !self.saver.is_due() || !self.saver.retry.ready(self.now.mono) {
             return;
         }
         // Damage that is to be fetched again must not make us forget how far the log was durable.
-        let durable = self.log.durable();
-        if durable.lsn >= self.saved.durable.lsn || self.role != Role::Secondary {
+        let durable = self.log.durable().lsn;
+        if durable >= self.saved.durable || self.defect_until.is_none() {
             self.saved.durable = durable;
         }
         self.saved.clock = self.clock.last();

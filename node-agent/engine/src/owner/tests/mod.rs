@@ -2,6 +2,7 @@
 
 mod crash;
 mod pair;
+mod restart;
 mod writes;
 
 use crate::api::{Answer, Cause, Command, Reply, Role};

@@ -13,7 +13,7 @@ use rand::Rng;
 use std::time::Duration;
 
 /// Sends the next piece of log from `a` to `b`; `false`: nothing to send.
-fn ship(a: &Rig, b: &mut Rig, max_bytes: u64) -> bool {
+pub(super) fn ship(a: &Rig, b: &mut Rig, max_bytes: u64) -> bool {
     let view = a.owner().log_view();
     let from = b.owner().status().appended;
     let mut reader = match LogReader::open(a.store.clone(), view, from) {
@@ -45,7 +45,7 @@ fn flush(rig: &mut Rig) {
 }
 
 /// Ships until `b` has durably what `a` has.
-fn catch_up(a: &mut Rig, b: &mut Rig) {
+pub(super) fn catch_up(a: &mut Rig, b: &mut Rig) {
     for _ in 0..10_000 {
         flush(a);
         while ship(a, b, 8 << 10) {}
@@ -58,7 +58,7 @@ fn catch_up(a: &mut Rig, b: &mut Rig) {
 }
 
 /// The bytes of the data disk, past the owner.
-fn disk(rig: &Rig) -> Vec<u8> {
+pub(super) fn disk(rig: &Rig) -> Vec<u8> {
     rig.store.peek(&FileId::Data).unwrap()
 }
 
@@ -90,8 +90,46 @@ fn copy(a: &Rig, b: &mut Rig, from: usize, to: usize) {
     ok(b.command(Command::SyncCheckpoint { done_bytes: to as u64 }));
 }
 
+/// A whole sync; `None` when the target died.
+pub(super) fn try_sync(a: &mut Rig, b: &mut Rig) -> Option<()> {
+    let status = a.owner().status().clone();
+    let lineage = prefix(&status.lineage, status.applied);
+    let (source, start, size_bytes) = (a.params.replica, status.applied, status.size_bytes);
+    b.command(Command::BeginSync {
+        source,
+        start,
+        lineage,
+        size_bytes,
+    })?
+    .unwrap();
+    let device = usize::try_from(DEVICE).unwrap();
+    for from in (0..device).step_by(device / 4) {
+        let (theirs, ours) = (disk(a), disk(b));
+        for at in (from..from + device / 4).step_by(4096) {
+            if theirs[at..at + 4096] != ours[at..at + 4096] {
+                let range = ByteRange {
+                    offset: at as u64,
+                    len: 4096,
+                };
+                let data = Some(Bytes::copy_from_slice(&theirs[at..at + 4096]));
+                b.command(Command::SyncWrite { range, data })?.unwrap();
+            }
+        }
+        b.command(Command::SyncCheckpoint {
+            done_bytes: (from + device / 4) as u64,
+        })?
+        .unwrap();
+        a.step();
+    }
+    b.command(Command::FinishSync {
+        dirty_end: a.owner().status().dirty_end,
+    })?
+    .unwrap();
+    Some(())
+}
+
 /// A primary and a secondary that follows it, consistent.
-fn pair(seed: u64) -> (Rig, Rig, Load) {
+pub(super) fn pair(seed: u64) -> (Rig, Rig, Load) {
     let mut a = primary(seed);
     let mut b = Rig::create(2, seed + 1000, DEVICE);
     ok(a.command(Command::SetMembers(vec![b.params.replica])));
