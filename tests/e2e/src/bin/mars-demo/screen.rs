@@ -232,7 +232,7 @@ impl Screen {
             (Some(ActualRole::Primary), _) | (_, None) => "-".to_owned(),
             (_, Some(wanted)) => mib((wanted - applied).max(0)),
         };
-        let rate = if row.bytes_per_s < 1024.0 {
+        let rate = if row.bytes_per_s < MIB / 10.0 {
             "-".to_owned()
         } else {
             format!("{:.1} MiB", row.bytes_per_s / MIB)

@@ -19,7 +19,9 @@ use std::time::Duration;
 const CHAPTERS: usize = 9;
 const FILES_BYTES: u64 = 300 << 20;
 /// How long node b writes before it dies.
-const WRITES_BEFORE_DEATH: usize = 400;
+const WRITES_BEFORE_DEATH: usize = 200;
+/// How much it writes while nobody hears.
+const WRITES_UNHEARD: usize = 150;
 
 pub(crate) fn tell(screen: &Screen) -> Result<()> {
     screen.chapter(1, CHAPTERS, "A cluster of three nodes on this machine");
@@ -84,6 +86,9 @@ fn appear<'a>(screen: &Screen, cluster: &'a Cluster) -> Result<Volume<'a>> {
         volume.wait_consistent(&node)?;
         screen.good(&format!("node {node} is consistent and follows"));
     }
+    cluster.wait("mydata", "is healthy", |object: &MarsResource| {
+        object.status.as_ref().is_some_and(|status| status.state == "Healthy")
+    })?;
     screen.command("kubectl get mars");
     for line in cluster.kubectl(&["get", "mars"])?.lines() {
         screen.note(line);
@@ -131,14 +136,14 @@ fn hand_over(screen: &Screen, cluster: &Cluster, volume: &Volume<'_>, files: &BT
         "node b is primary: {}; node a has no device any more",
         device.display()
     ));
+    let uuid = volume.replica("b")?.spec.replica_uuid.to_string();
     if let Some(file) = identity(&device)?.backing_file {
-        let keeper = cluster.state().join("nodes/b");
         ensure!(
-            file.starts_with(&keeper),
+            file.to_string_lossy().contains(&uuid),
             "the device of node b is served from {}",
             file.display()
         );
-        screen.good("the device is served from node b's own directory, not from node a's");
+        screen.good(&format!("the kernel says it is backed by node b's replica {uuid}"));
     }
     let mounted = mount(screen, cluster, volume, "b")?;
     let wrong = differences(files, &checksums(mounted.point())?);
@@ -207,9 +212,20 @@ fn die_while_writing(screen: &Screen, cluster: &Cluster, volume: &Volume<'_>) ->
         Ok(target.exists())
     })?;
     screen.table();
+    screen.note("a broken line: the agents of a and c hear of nothing any more (SIGSTOP)");
+    for node in ["a", "c"] {
+        cluster.node(node).freeze()?;
+    }
+    let target = late_path(mounted.point(), WRITES_BEFORE_DEATH + WRITES_UNHEARD);
+    until("the writer goes on, undisturbed", Duration::from_mins(1), || {
+        Ok(target.exists())
+    })?;
     screen.command("mars-local node b poweroff");
     cluster.node("b").poweroff()?;
     let written = writer.finish()?;
+    for node in ["a", "c"] {
+        cluster.node(node).thaw()?;
+    }
     drop(mounted);
     screen.good(&format!(
         "node b is gone; its application had flushed {written} more files, one by one"
