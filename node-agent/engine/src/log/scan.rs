@@ -114,7 +114,8 @@ pub struct Scan {
     pub stale: Vec<SegmentName>,
     /// Segments behind the stop: stale if the log is cut here, evidence if it is defective.
     pub beyond: Vec<SegmentName>,
-    /// Older files whose header is damaged: kept, and worth a warning.
+    /// Files that are kept although they are no part of the log, and worth a warning: their header is damaged, or they hold
+    /// durable log behind a defect that is not fetched again yet.
     pub damaged: Vec<SegmentName>,
     /// Above the number of every file that exists.
     pub next_number: u32,
@@ -359,6 +360,19 @@ impl<F: StoreFile> Walk<F> {
         let (behind, damaged): (Vec<_>, Vec<_>) = self.inventory.damaged.iter().partition(|name| **name > last);
         let mut beyond: Vec<SegmentName> = later.iter().map(|found| found.header.name).chain(behind).collect();
         beyond.sort_unstable();
+        // What was given up because of a defect, and is not fetched again yet, is not stale: somebody may want to look at it.
+        let mut damaged: Vec<SegmentName> = damaged;
+        for found in &self.inventory.superseded {
+            let name = found.header.name;
+            let known = found.cursor()?.proven_by_later_batches().map_err(what())?;
+            if known > end.lsn {
+                damaged.push(name);
+            } else {
+                self.inventory.stale.push(name);
+            }
+        }
+        damaged.sort_unstable();
+        self.inventory.stale.sort_unstable();
         self.drop_proven();
         // A log that ends before the start position has no tail: all that is left of it was durable.
         let (tail_start, tail_epoch) = self.tail_start.unwrap_or((end, self.cursor.header().epoch.clone()));

@@ -121,3 +121,96 @@ fn only_names_that_are_written_are_read() {
     assert!(store.list().unwrap().is_empty());
     assert!(store.free_bytes().unwrap() > 0);
 }
+
+/// Writer, scan, rewrite and reader on a real file system: what one process wrote, the next one finds.
+#[test]
+fn a_log_on_real_files_is_found_again_by_the_next_process() {
+    use crate::api::Compression;
+    use crate::format::record::RecordKind;
+    use crate::format::segment::LogIdentity;
+    use crate::lineage::{Cause, EpochEntry, Lineage};
+    use crate::log::reader::{LogReader, Next};
+    use crate::log::scan::{ScanParams, Verdict, scan};
+    use crate::log::writer::LogState;
+    use crate::log::{AppendError, LogWriter};
+    use crate::types::{ClusterId, EpochId, Lamport, Lsn, Position, ReplicaId, ResourceId};
+
+    const SEGMENT_BYTES: u64 = 256 << 10;
+    let (dir, store) = replica(0);
+    let replica = ReplicaId(uuid::Uuid::from_u128(7 << 96));
+    let identity = LogIdentity {
+        cluster: ClusterId::default(),
+        resource: ResourceId::default(),
+        replica,
+    };
+    let (id, parent) = (EpochId(uuid::Uuid::from_u128(1)), Position::default());
+    let epoch = EpochEntry {
+        id,
+        parent,
+        origin: replica,
+        cause: Cause::Create,
+        lamport: Lamport(1),
+    };
+    let start = Position {
+        epoch: epoch.id,
+        ..Position::default()
+    };
+    let mut writer: LogWriter<FsStore> = LogWriter::new(LogState::empty(identity, 1, epoch, start), Compression::Lz4);
+    let mut payloads = Vec::new();
+    for round in 0..120_u8 {
+        let payload = bytes::Bytes::from(vec![round; 512 * (1 + usize::from(round % 13))]);
+        let range = ByteRange {
+            offset: 0,
+            len: payload.len() as u64,
+        };
+        let lamport = Lamport(u64::from(round) + 2);
+        while let Err(error) = writer.append(RecordKind::Write, 0, range, payload.clone(), lamport) {
+            assert!(matches!(error, AppendError::NeedSegment), "{error}");
+            let name = writer.next_prepared().unwrap();
+            let file = store.create(&FileId::Segment(name), SEGMENT_BYTES).unwrap();
+            assert!(writer.add_prepared(name, file, SEGMENT_BYTES));
+        }
+        payloads.push(payload);
+        if round % 50 == 49 {
+            let files = writer.begin_sync().unwrap();
+            files.iter().try_for_each(StoreFile::sync).unwrap();
+            writer.sync_done(Ok(()));
+        }
+    }
+    let (appended, durable) = (writer.appended(), writer.durable());
+    assert!(durable.lsn < appended.lsn);
+    drop((writer, store));
+    let data = File::options()
+        .read(true)
+        .write(true)
+        .open(dir.path().join("data"))
+        .unwrap();
+    let store = FsStore::open(dir.path(), data).unwrap();
+    let found = scan(
+        &store,
+        &ScanParams {
+            identity,
+            from: start,
+            first_segment: 1,
+        },
+        &mut |_, _| {},
+    )
+    .unwrap();
+    assert_eq!(
+        (found.end, found.decide(durable.lsn, true)),
+        (appended, Verdict::Continue)
+    );
+    let (obsolete, state) = found.into_state();
+    let mut writer: LogWriter<FsStore> = LogWriter::new(state, Compression::None);
+    let done = writer.begin_rewrite(SEGMENT_BYTES).unwrap().run(&store).unwrap();
+    let removed = obsolete.into_iter().chain(writer.finish_rewrite(done));
+    removed.for_each(|name| store.remove(&FileId::Segment(name)).unwrap());
+    let view = writer.view(Lineage::default());
+    assert_eq!(view.durable, appended);
+    let mut reader = LogReader::open(store, &view, start).unwrap();
+    let mut read = Vec::new();
+    while let Next::Records(chunk) = reader.next(&view, Lsn(u64::MAX), 64 << 10).unwrap() {
+        read.extend(chunk.into_records().into_iter().map(|record| record.payload));
+    }
+    assert_eq!(read, payloads);
+}

@@ -55,6 +55,8 @@ pub(super) struct Inventory<F> {
     pub(super) segments: Vec<Found<F>>,
     /// What does not.
     pub(super) stale: Vec<SegmentName>,
+    /// Segments that a later one has superseded.
+    pub(super) superseded: Vec<Found<F>>,
     /// Files whose header is damaged.
     pub(super) damaged: Vec<SegmentName>,
     pub(super) next_number: u32,
@@ -84,6 +86,7 @@ impl<F: StoreFile> Inventory<F> {
         let mut inventory = Self {
             segments: Vec::new(),
             stale: Vec::new(),
+            superseded: Vec::new(),
             damaged: Vec::new(),
             next_number: 1,
         };
@@ -127,8 +130,7 @@ impl<F: StoreFile> Inventory<F> {
             && last.header.start_lsn >= header.start_lsn
             && !is_witness(&last.header, &header)
         {
-            self.stale.push(last.header.name);
-            self.segments.pop();
+            self.superseded.extend(self.segments.pop());
         }
         let file_bytes = file.size().map_err(io_error(format!("size of {name}")))?;
         self.segments.push(Found {

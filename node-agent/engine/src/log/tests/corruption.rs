@@ -220,6 +220,35 @@ fn a15_a_repeated_record_is_a_sequence_jump() {
     assert_eq!(found.decide(found.end.lsn, true), Verdict::Cut);
 }
 
+/// A defect makes the log go on at a lower end. What lies behind it stays on disk until the log has passed it again.
+#[test]
+fn log_behind_a_defect_is_kept_until_it_is_there_again() {
+    let (driver, _) = durable_log(9, Compression::None);
+    let from = driver.view().segments[0].start;
+    let durable = driver.writer.durable().lsn;
+    let behind = driver.view().segments.last().unwrap().name;
+    let second = driver.history.records[1].1;
+    driver
+        .store
+        .flip_bit(&FileId::Segment(driver.view().segments[0].name), (8192 + 200) * 8);
+    let (found, mut repaired) = Driver::recover(&driver.store, from, &driver).unwrap();
+    assert!(matches!(found.decide(durable, true), Verdict::Defect { .. }));
+    assert!(found.end.lsn > second.lsn && found.beyond.contains(&behind));
+    repaired.rewrite().unwrap();
+    let (found, _) = Driver::recover(&driver.store, from, &repaired).unwrap();
+    assert!(
+        found.damaged.contains(&behind) && !found.stale.contains(&behind),
+        "{:?}",
+        found.stale
+    );
+    while repaired.writer.appended().lsn <= durable {
+        repaired.append().unwrap();
+    }
+    repaired.sync().unwrap();
+    let (found, _) = Driver::recover(&driver.store, from, &repaired).unwrap();
+    assert!(found.stale.contains(&behind));
+}
+
 /// One log with an unsynced batch at its end, and what to do to that batch.
 struct Tail {
     driver: Driver,
