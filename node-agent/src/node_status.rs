@@ -25,7 +25,7 @@ use tracing::{debug, warn};
 /// How often the node says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(8);
 /// How often it looks whether there is something new to say.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Keeps a `MarsNode` current.
 pub struct NodeReporter {
@@ -122,7 +122,7 @@ impl NodeReporter {
                 }
                 last_write = Some(tokio::time::Instant::now());
             }
-            // Without an API server the next try waits for the heartbeat; else a change is told within a second.
+            // Without an API server the next try waits for the heartbeat; else a change is told within moments.
             let pause = if reachable { LOOK } else { HEARTBEAT };
             tokio::select! {
                 () = stop.cancelled() => return,

@@ -19,6 +19,10 @@ use uuid::Uuid;
 
 /// Making a device waits for the keeper and the kernel; beyond this somebody has to look.
 const ATTACH_LIMIT: Duration = Duration::from_secs(90);
+/// A role that takes longer to change is watched instead of waited for.
+const ROLE_MOMENT: Duration = Duration::from_secs(2);
+/// A failover replays the local log first.
+const FAILOVER_LIMIT: Duration = Duration::from_mins(4);
 
 pub(super) type Outcome = Result<(), Problem>;
 
@@ -75,14 +79,13 @@ impl ReplicaTask {
                 .await
             }
             Step::Resume(designation) => {
-                command(
+                begin(
                     running,
                     Command::Resume {
                         designation: *designation,
                     },
                 )
-                .await?;
-                note_primary(running, *designation)
+                .await
             }
             Step::Promote { designation, cause } => promote(running, *designation, *cause).await,
             Step::RefusePromote { designation, reason } => remember(running, |done| {
@@ -98,7 +101,7 @@ impl ReplicaTask {
                 .await
                 .map_err(|error| problem("DetachFailed", &error)),
             Step::Close { designation, to } => {
-                command(
+                begin(
                     running,
                     Command::Close {
                         designation: *designation,
@@ -108,7 +111,7 @@ impl ReplicaTask {
                 .await
             }
             Step::StepDown(designation) => {
-                command(
+                begin(
                     running,
                     Command::StepDown {
                         designation: *designation,
@@ -196,6 +199,14 @@ impl ReplicaTask {
         promote(running, designation, Cause::Failover)
             .await
             .map_err(|failed| failed.message)?;
+        let mut engine = running.handle.status();
+        let settled = engine.wait_for(|status| status.role != Role::Promoting);
+        match tokio::time::timeout(FAILOVER_LIMIT, settled).await {
+            Ok(Ok(status)) if status.role == Role::Primary => {}
+            Ok(Ok(_)) => return Err("the promotion was broken off: look at the agent's log, then ask again".into()),
+            Ok(Err(_)) => return Err("the engine has stopped: restart the agent".into()),
+            Err(_) => return Err("the local log is still being replayed: look at the status for the role".into()),
+        }
         Ok(designation)
     }
 }
@@ -222,17 +233,15 @@ fn word(refusal: &Refusal) -> &'static str {
     }
 }
 
-async fn promote(running: &mut Running, designation: Designation, cause: Cause) -> Outcome {
-    command(running, Command::Promote { designation, cause }).await?;
-    note_primary(running, designation)
+/// Begins a change of role. What takes longer than a moment goes on by itself: the role says so, and the plan waits for it.
+async fn begin(running: &Running, order: Command) -> Outcome {
+    tokio::time::timeout(ROLE_MOMENT, command(running, order))
+        .await
+        .unwrap_or(Ok(()))
 }
 
-/// Remembers under which designation this replica is primary; the engine has persisted the role itself.
-fn note_primary(running: &mut Running, designation: Designation) -> Outcome {
-    if running.done.primary_under == Some(designation) {
-        return Ok(());
-    }
-    remember(running, |done| done.primary_under = Some(designation))
+async fn promote(running: &Running, designation: Designation, cause: Cause) -> Outcome {
+    begin(running, Command::Promote { designation, cause }).await
 }
 
 pub(super) fn remember(running: &mut Running, change: impl FnOnce(&mut super::facts::Done)) -> Outcome {

@@ -321,11 +321,7 @@ impl ReplicaTask {
             .await;
         let status = running.engine.borrow_and_update().clone();
         let peers = running.line.now.borrow_and_update().clone();
-        if peers.fake_synced.is_some() && peers.fake_synced != running.done.fake_sync {
-            if let Err(failed) = remember(running, |done| done.fake_sync = peers.fake_synced) {
-                running.failed = Some(failed);
-            }
-        }
+        running.note(&status, &peers);
         running.follow(todo, &status, &peers);
         Facts {
             tuning: running.tuning,
@@ -484,6 +480,26 @@ impl ReplicaTask {
 }
 
 impl Running {
+    /// Remembers what was carried out without an answer to a step: the role taken, the copy believed.
+    fn note(&mut self, status: &ReplicaStatus, peers: &PeersNow) {
+        let under = if status.role == Role::Primary {
+            Some(status.designation)
+        } else {
+            self.done.primary_under
+        };
+        let believed = peers.fake_synced.or(self.done.fake_sync);
+        if under == self.done.primary_under && believed == self.done.fake_sync {
+            return;
+        }
+        let noted = remember(self, |done| {
+            done.primary_under = under;
+            done.fake_sync = believed;
+        });
+        if let Err(failed) = noted {
+            self.failed = Some(failed);
+        }
+    }
+
     /// The highest designation number known to anybody here.
     pub(super) fn highest_designation(&self, todo: &Todo) -> u64 {
         let peers = self.line.now.borrow().clone();

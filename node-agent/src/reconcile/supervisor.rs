@@ -12,7 +12,7 @@ use crate::layout::{LayoutError, io_error};
 use mars_crds::MarsReplica;
 use mars_crds::node::{Forgotten, FoundReplica};
 use mars_engine::types::{Designation, ReplicaId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
@@ -50,6 +50,8 @@ pub struct Supervisor {
     tracker: TaskTracker,
     replicas: BTreeMap<ReplicaId, Entry>,
     forgotten: Vec<Forgotten>,
+    /// Objects whose deletion was carried out in this life: what a watch still says of them is late.
+    ended: BTreeSet<String>,
 }
 
 impl Supervisor {
@@ -67,6 +69,7 @@ impl Supervisor {
             tracker,
             replicas: BTreeMap::new(),
             forgotten: Vec::new(),
+            ended: BTreeSet::new(),
         };
         for object in objects {
             info!(replica = object.metadata.name, "known from the cache");
@@ -105,7 +108,20 @@ impl Supervisor {
     /// Takes over an object, unless it is older than the one acted upon.
     fn see(&mut self, object: MarsReplica, from_api: bool) {
         let replica = ReplicaId(object.spec.replica_uuid);
-        self.replicas.retain(|_, entry| !entry.control.order.is_closed());
+        self.replicas.retain(|_, entry| {
+            let ended = entry.control.order.is_closed();
+            if ended {
+                self.ended.extend(entry.object.metadata.uid.clone());
+            }
+            !ended
+        });
+        if object.metadata.uid.as_ref().is_some_and(|uid| self.ended.contains(uid)) {
+            debug!(
+                replica = object.metadata.name,
+                "its deletion was carried out: a late word is ignored"
+            );
+            return;
+        }
         let joins = usize::from(!self.replicas.contains_key(&replica));
         let share = self.share_bytes(self.replicas.len() + joins);
         let todo = to_todo(
