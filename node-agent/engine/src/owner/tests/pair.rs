@@ -62,7 +62,7 @@ pub(super) fn disk(rig: &Rig) -> Vec<u8> {
     rig.store.peek(&FileId::Data).unwrap()
 }
 
-fn begin_sync(a: &Rig, b: &mut Rig) {
+pub(super) fn begin_sync(a: &Rig, b: &mut Rig) {
     let status = a.owner().status();
     let lineage = prefix(&status.lineage, status.applied);
     let command = Command::BeginSync {
@@ -75,7 +75,7 @@ fn begin_sync(a: &Rig, b: &mut Rig) {
 }
 
 /// Copies `[from, to)` from the underlying disk of `a`, as far as it differs.
-fn copy(a: &Rig, b: &mut Rig, from: usize, to: usize) {
+pub(super) fn copy(a: &Rig, b: &mut Rig, from: usize, to: usize) {
     let (theirs, ours) = (disk(a), disk(b));
     for at in (from..to).step_by(4096) {
         if theirs[at..at + 4096] != ours[at..at + 4096] {

@@ -46,11 +46,7 @@ fn the_primary_role_is_never_resumed_from_an_older_slot() {
     let mut rig = primary(2);
     rig.settle();
     rig.kill();
-    // The newer slot is damaged.
-    let generation = |image: Vec<u8>| u64::from_le_bytes(image[16..24].try_into().unwrap());
-    let slots = [0, 1].map(|index| generation(rig.store.peek(&FileId::Slot(index)).unwrap()));
-    let newer = u8::from(slots[1] > slots[0]);
-    rig.store.flip_bit(&FileId::Slot(newer), 8 * 100);
+    damage_newer_slot(&rig);
     rig.open().unwrap();
     let status = rig.owner().status();
     assert_eq!((status.resumable, status.role), (None, Role::Secondary));
@@ -416,4 +412,92 @@ fn a_sync_target_that_dies_anywhere_never_says_consistent_too_early() {
         let range = ByteRange { offset: 0, len: DEVICE };
         assert!(matches!(a.io(Io::Read { range }), Some(IoResult::Data(bytes)) if bytes[..] == load.newest()[..]));
     });
+}
+
+#[test]
+fn a_promotion_is_on_stable_storage_before_it_is_told() {
+    for_seeds(10, |seed| {
+        let mut rig = primary(seed);
+        rig.power_loss(Survival::OnlySynced);
+        rig.open().unwrap();
+        let resumable = rig.owner().status().resumable.expect("the role is in the slot");
+        assert_eq!(resumable.designation, designation(1));
+        come_back(&mut rig).unwrap();
+        rig.settle();
+        assert_eq!(rig.owner().status().lineage.0[0].cause, Cause::Create);
+    });
+}
+
+/// The slot that was written last is damaged.
+fn damage_newer_slot(rig: &Rig) {
+    let generation = |index| {
+        let image = rig.store.peek(&FileId::Slot(index)).unwrap();
+        u64::from_le_bytes(image[16..24].try_into().unwrap())
+    };
+    rig.store
+        .flip_bit(&FileId::Slot(u8::from(generation(1) > generation(0))), 8 * 100);
+}
+
+#[test]
+fn an_invalidation_is_in_both_slots_before_anything_is_removed() {
+    let (mut a, mut b, mut load) = pair(14);
+    load.write(&mut a, true);
+    catch_up(&mut a, &mut b);
+    b.settle();
+    ok(b.command(Command::Invalidate));
+    b.kill();
+    damage_newer_slot(&b);
+    b.open().unwrap();
+    assert_eq!(
+        b.owner().status().data,
+        DataState::Syncing,
+        "the older slot says so, too"
+    );
+}
+
+#[test]
+fn a33_a_copy_goes_on_after_a_handover_and_starts_over_after_a_failover() {
+    for cause in [Cause::Handover, Cause::Failover] {
+        let (mut a, mut b, mut load) = pair(15);
+        let mut c = Rig::create(3, 77, DEVICE);
+        super::pair::begin_sync(&a, &mut c);
+        let half = usize::try_from(DEVICE / 2).unwrap();
+        super::pair::copy(&a, &mut c, 0, half);
+        for _ in 0..5 {
+            load.write(&mut a, true);
+            a.settle();
+        }
+        load.collect(&mut a);
+        // What follows was on the disk of A before the last block was read from it.
+        super::pair::copy(&a, &mut c, 0, half);
+        let was_dirty = a.owner().status().dirty_end;
+        if cause == Cause::Handover {
+            ok(a.command(Command::Close {
+                designation: designation(2),
+                to: Some(b.params.replica),
+            }));
+            catch_up(&mut a, &mut b);
+        }
+        ok(b.command(Command::Promote {
+            designation: designation(2),
+            cause,
+        }));
+        b.settle();
+        super::pair::begin_sync(&b, &mut c);
+        let sync = c.owner().status().sync.unwrap();
+        if cause == Cause::Failover {
+            assert_eq!(sync.done_bytes, 0, "blocks copied from A may hold what B never had");
+            continue;
+        }
+        assert_eq!(sync.done_bytes, half as u64, "progress survives a handover");
+        super::pair::copy(&b, &mut c, half, 2 * half);
+        // Whatever the new source says of its own disk: blocks of the old one hold more.
+        ok(c.command(Command::FinishSync { dirty_end: Lsn::ZERO }));
+        let consistent_at = c.owner().status().sync.unwrap().consistent_at.unwrap();
+        assert!(consistent_at >= was_dirty, "{consistent_at} is below {was_dirty}");
+        catch_up(&mut b, &mut c);
+        c.settle();
+        assert_eq!(c.owner().status().data, DataState::Consistent);
+        assert!(disk(&c) == load.newest());
+    }
 }
