@@ -73,6 +73,16 @@ impl Load {
         }
     }
 
+    /// On a device that holds this.
+    #[must_use]
+    pub fn with_content(content: Vec<u8>) -> Self {
+        Load {
+            device: content.len(),
+            base: content,
+            ..Load::new(0)
+        }
+    }
+
     /// The content when all changes submitted so far have taken effect.
     #[must_use]
     pub fn newest(&self) -> Vec<u8> {

@@ -1,0 +1,732 @@
+//! Moves everything, at random, from one seed: requests, jobs, messages, crashes, broken links, handovers, failovers, copies.
+//!
+//! What must hold, and is checked all the time: reads return the newest bytes and crashes lose nothing that was promised
+//! ([`Load`]); a handover loses nothing at all; a failover takes over exactly a state that the old primary once had; every consistent
+//! disk equals the history up to its applied position ([`Oracle`]); no two primaries under one designation; at the end, when all
+//! links and machines are back, all replicas become equal.
+
+use crate::node::{self, Node};
+use crate::oracle::Oracle;
+use mars_engine::api::{Answer, Command, CommandId, DataState, Reply, Role, Switches};
+use mars_engine::lineage::Cause;
+use mars_engine::replication::histories::{Relation, relate};
+use mars_engine::store::FileId;
+use mars_engine::store_sim::Survival;
+use mars_engine::testing::{Crash, Load, Rig, small_params};
+use mars_engine::types::{Designation, Position, ReplicaId};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Size of the simulated device (bytes): three regions of a sync.
+const DEVICE_BYTES: u64 = 768 << 10;
+/// Most steps of healing at the end.
+const PATIENCE: u32 = 6_000;
+
+/// What to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Everything follows from it.
+    pub seed: u64,
+    /// Random steps before everything is healed.
+    pub steps: u32,
+    /// Replicas.
+    pub nodes: usize,
+}
+
+impl Config {
+    /// Three replicas, a run of a few thousand I/Os.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            steps: 4_000,
+            nodes: 3,
+        }
+    }
+}
+
+/// What happened in a run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Block requests submitted that change the device.
+    pub changes: u64,
+    /// I/Os of all simulated disks.
+    pub ios: u64,
+    /// Completed handovers.
+    pub handovers: u64,
+    /// Completed failovers.
+    pub failovers: u64,
+    /// Deaths of a process.
+    pub kills: u64,
+    /// Power losses.
+    pub power_losses: u64,
+    /// Times that a link broke.
+    pub partitions: u64,
+    /// Invalidations.
+    pub invalidations: u64,
+    /// Data disks compared with the history.
+    pub disks_checked: u64,
+    /// Records compared between replicas.
+    pub records_checked: u64,
+    /// Digest of the final device, so that two runs can be compared.
+    pub digest: String,
+}
+
+/// A command whose reply moves the world.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// Promotion under this designation.
+    Promote { designation: Designation, cause: Cause },
+    /// Going on after a restart; which crash it was.
+    Resume { crash: Crash },
+    /// Close for a handover.
+    Close,
+}
+
+/// A planned change of the primary.
+#[derive(Debug, Clone, Copy)]
+struct Handover {
+    from: usize,
+    to: usize,
+    designation: Designation,
+    /// The end of the predecessor's history, once it has closed.
+    end: Option<Position>,
+    promoting: bool,
+}
+
+struct World {
+    rng: StdRng,
+    ids: Vec<ReplicaId>,
+    nodes: Vec<Node>,
+    /// `false`: this pair does not hear each other (lower index first).
+    links: BTreeMap<(usize, usize), bool>,
+    oracle: Oracle,
+    designation: Designation,
+    designated: usize,
+    handover: Option<Handover>,
+    orders: BTreeMap<(usize, CommandId), Order>,
+    /// How each node that is down, or not yet resumed, crashed last.
+    crashed: BTreeMap<usize, Crash>,
+    report: Report,
+}
+
+/// Runs one seed.
+///
+/// # Panics
+/// When anything that must hold does not: the message says what, the caller knows the seed.
+#[must_use]
+pub fn run(config: Config) -> Report {
+    let mut world = World::new(config);
+    world.create();
+    for _ in 0..config.steps {
+        world.step();
+    }
+    world.heal();
+    world.report()
+}
+
+impl World {
+    fn new(config: Config) -> Self {
+        let replica = |index: usize| index as u128 + 1;
+        let ids: Vec<ReplicaId> = (0..config.nodes)
+            .map(|index| small_params(replica(index), 0).replica)
+            .collect();
+        let node = |index: usize| {
+            let seed = config.seed.wrapping_mul(31).wrapping_add(index as u64);
+            Node::new(ids[index], Rig::create(replica(index), seed, DEVICE_BYTES))
+        };
+        let nodes = (0..config.nodes).map(node).collect();
+        let device_bytes = usize::try_from(DEVICE_BYTES).expect("it is small");
+        World {
+            rng: StdRng::seed_from_u64(config.seed),
+            ids,
+            nodes,
+            links: BTreeMap::new(),
+            oracle: Oracle::new(device_bytes),
+            designation: Designation::default(),
+            designated: 0,
+            handover: None,
+            orders: BTreeMap::new(),
+            crashed: BTreeMap::new(),
+            report: Report::default(),
+        }
+    }
+
+    fn create(&mut self) {
+        for at in 0..self.nodes.len() {
+            self.set_members(at);
+        }
+        let designation = self.new_designation(0);
+        self.promote(0, designation, Cause::Create);
+        while self.nodes[0].role() != Some(Role::Primary) {
+            self.nodes[0].rig.step();
+            self.collect();
+        }
+    }
+
+    fn set_members(&mut self, at: usize) {
+        let others = self.ids.iter().copied().filter(|id| *id != self.ids[at]).collect();
+        self.nodes[at].rig.order(Command::SetMembers(others));
+    }
+
+    fn new_designation(&mut self, node: usize) -> Designation {
+        self.designation = Designation {
+            number: self.designation.number + 1,
+            id: Uuid::from_u128(self.rng.random()),
+        };
+        self.designated = node;
+        self.designation
+    }
+
+    fn any(&mut self) -> usize {
+        self.rng.random_range(0..self.nodes.len())
+    }
+
+    fn connected(links: &BTreeMap<(usize, usize), bool>, a: usize, b: usize) -> bool {
+        links.get(&(a.min(b), a.max(b))).copied().unwrap_or(true)
+    }
+
+    fn step(&mut self) {
+        match self.rng.random_range(0..1000) {
+            0..=299 => self.use_devices(),
+            300..=599 => {
+                let at = self.any();
+                self.nodes[at].rig.run_one_job();
+            }
+            600..=699 => self.talk(),
+            700..=819 => self.transfer(),
+            820..=899 => {
+                let at = self.any();
+                let links = self.links.clone();
+                node::step_copy(&mut self.nodes, &self.ids, at, &|a, b| Self::connected(&links, a, b));
+            }
+            900..=949 => self.pass_time(),
+            950..=959 => self.check(),
+            960..=969 => self.switch_something(),
+            970..=979 => self.break_or_mend_a_link(),
+            980..=984 => self.crash_somebody(),
+            985..=994 => self.start_somebody(),
+            995..=997 => self.begin_handover(),
+            998 => self.fail_over(),
+            _ => self.repair(),
+        }
+        self.collect();
+        self.drive_handover();
+        self.note_deaths();
+    }
+
+    fn use_devices(&mut self) {
+        for node in &mut self.nodes {
+            let Some(load) = node.load.as_mut().filter(|load| load.outstanding() < 16) else {
+                continue;
+            };
+            if node.rig.is_up() && node.rig.owner().status().role == Role::Primary {
+                load.step(&mut node.rig);
+                self.report.changes += 1;
+            }
+        }
+    }
+
+    fn pass_time(&mut self) {
+        let by = Duration::from_micros(self.rng.random_range(100..60_000));
+        for node in &mut self.nodes {
+            node.rig.advance(by);
+        }
+    }
+
+    fn talk(&mut self) {
+        let (from, to) = (self.any(), self.any());
+        if from != to && Self::connected(&self.links, from, to) {
+            node::gossip(&mut self.nodes, &self.ids, from, to);
+            self.learn(from);
+        }
+    }
+
+    fn transfer(&mut self) {
+        let at = self.any();
+        let links = self.links.clone();
+        self.set_wish(at);
+        node::step_fetch(&mut self.nodes, &self.ids, at, &|a, b| Self::connected(&links, a, b));
+    }
+
+    fn set_wish(&mut self, at: usize) {
+        let handover = self.handover;
+        let wish = &mut self.nodes[at].wish;
+        wish.designation = self.designation;
+        wish.designated = Some(self.ids[self.designated]);
+        wish.handover = handover.is_some();
+        wish.handover_end = handover
+            .filter(|handover| handover.to == at)
+            .and_then(|handover| handover.end);
+    }
+
+    fn learn(&mut self, at: usize) {
+        let node = &self.nodes[at];
+        if node.is_up() {
+            let view = node.rig.owner().log_view();
+            self.oracle.learn(at, &node.rig.store, view);
+        }
+    }
+
+    /// Compares every consistent disk on which nothing is under way with the history.
+    fn check(&mut self) {
+        for at in 0..self.nodes.len() {
+            self.learn(at);
+        }
+        let mut holders: BTreeMap<u64, usize> = BTreeMap::new();
+        for (at, node) in self.nodes.iter().enumerate().filter(|(_, node)| node.is_up()) {
+            let status = node.rig.owner().status();
+            if status.role == Role::Primary {
+                let twin = holders.insert(status.designation.number, at);
+                assert!(
+                    twin.is_none(),
+                    "nodes {twin:?} and {at} are primary under one designation"
+                );
+            }
+            let settled = status.applied.lsn == status.dirty_end && !status.lineage.0.is_empty();
+            if status.data == DataState::Consistent && settled {
+                let disk = node.rig.store.peek(&FileId::Data).expect("every node has a data disk");
+                let expected = self.oracle.content_at(&status.lineage, status.applied);
+                assert!(
+                    disk == expected,
+                    "the disk of node {at} is not the history at {}",
+                    status.applied
+                );
+                self.report.disks_checked += 1;
+            }
+        }
+    }
+
+    fn switch_something(&mut self) {
+        let at = self.any();
+        let switches = Switches {
+            fetch: self.rng.random_bool(0.8),
+            replay: self.rng.random_bool(0.7),
+            sync: self.rng.random_bool(0.9),
+            apply_delay: Duration::ZERO,
+        };
+        self.nodes[at].rig.order(Command::SetSwitches(switches));
+    }
+
+    fn break_or_mend_a_link(&mut self) {
+        let (a, b) = (self.any(), self.any());
+        if a == b {
+            return;
+        }
+        let works = self.rng.random_bool(0.6);
+        self.links.insert((a.min(b), a.max(b)), works);
+        if !works {
+            self.report.partitions += 1;
+            self.nodes[a].disconnect(b);
+            self.nodes[b].disconnect(a);
+        }
+    }
+
+    fn crash_somebody(&mut self) {
+        let at = self.any();
+        if !self.nodes[at].is_up() {
+            return;
+        }
+        self.learn(at);
+        if self.rng.random_bool(0.3) {
+            // In the middle of something, a few I/Os from now.
+            let io = self.nodes[at].rig.store.io_count() + self.rng.random_range(1..12);
+            self.nodes[at].rig.store.crash_at_io(io);
+            return;
+        }
+        self.die(at);
+    }
+
+    fn die(&mut self, at: usize) {
+        let crash = if self.rng.random_bool(0.5) {
+            self.report.kills += 1;
+            self.nodes[at].rig.kill();
+            Crash::Process
+        } else {
+            let survival = match self.rng.random_range(0..4) {
+                0 => Survival::OnlySynced,
+                1 => Survival::Everything,
+                2 => Survival::Some,
+                _ => Survival::Torn,
+            };
+            self.report.power_losses += 1;
+            self.nodes[at].rig.power_loss(survival);
+            Crash::Power
+        };
+        let worst = match self.crashed.get(&at) {
+            Some(Crash::Power) => Crash::Power,
+            _ => crash,
+        };
+        self.crashed.insert(at, worst);
+        self.orders.retain(|(node, _), _| *node != at);
+        self.nodes[at].forget_sessions();
+        for other in 0..self.nodes.len() {
+            self.nodes[other].disconnect(at);
+        }
+    }
+
+    /// A machine that died at an I/O of its own.
+    fn note_deaths(&mut self) {
+        for at in 0..self.nodes.len() {
+            if self.nodes[at].rig.store.is_dead() {
+                self.die(at);
+            }
+        }
+    }
+
+    fn start_somebody(&mut self) {
+        let down: Vec<usize> = (0..self.nodes.len()).filter(|at| !self.nodes[*at].is_up()).collect();
+        if !down.is_empty() {
+            let at = down[self.rng.random_range(0..down.len())];
+            self.start(at);
+        }
+    }
+
+    fn start(&mut self, at: usize) {
+        if let Err(error) = self.nodes[at].rig.open() {
+            assert!(
+                self.nodes[at].rig.store.is_dead(),
+                "node {at} does not start again: {error}"
+            );
+            return;
+        }
+        self.set_members(at);
+        let status = self.nodes[at].rig.owner().status();
+        assert_ne!(status.data, DataState::LogLost, "node {at} lost log that was durable");
+        let Some(resumable) = status.resumable else {
+            self.released_in_a_crash(at);
+            return;
+        };
+        // The agent's rule (P9): only when nobody is designated anew.
+        let newest = self.designated == at && self.handover.is_none();
+        let aborted = self
+            .handover
+            .is_some_and(|handover| handover.from == at && handover.end.is_none());
+        if newest || aborted {
+            if aborted {
+                self.handover = None;
+                self.designated = at;
+            }
+            let crash = self.crashed.get(&at).copied().unwrap_or(Crash::Process);
+            let id = self.nodes[at].rig.order(Command::Resume {
+                designation: resumable.designation,
+            });
+            self.orders.insert((at, id), Order::Resume { crash });
+        } else {
+            self.nodes[at].load = None;
+            let designation = self.designation;
+            self.nodes[at].rig.order(Command::StepDown { designation });
+        }
+    }
+
+    /// A node that closed, and died before it could say so, says so now.
+    fn released_in_a_crash(&mut self, at: usize) {
+        let released = self.nodes[at].rig.owner().status().released;
+        if let (Some(handover), Some(released)) = (&mut self.handover, released)
+            && handover.from == at
+            && handover.end.is_none()
+            && released.designation == handover.designation
+        {
+            handover.end = Some(released.end);
+        }
+    }
+
+    fn begin_handover(&mut self) {
+        let (from, to) = (self.designated, self.any());
+        let busy = self.handover.is_some() || !self.orders.is_empty();
+        let fit =
+            self.nodes[to].data() == Some(DataState::Consistent) && self.nodes[to].role() == Some(Role::Secondary);
+        if busy || from == to || self.nodes[from].role() != Some(Role::Primary) || !fit {
+            return;
+        }
+        let designation = self.new_designation(to);
+        self.handover = Some(Handover {
+            from,
+            to,
+            designation,
+            end: None,
+            promoting: false,
+        });
+        let successor = Some(self.ids[to]);
+        let id = self.nodes[from].rig.order(Command::Close {
+            designation,
+            to: successor,
+        });
+        self.orders.insert((from, id), Order::Close);
+    }
+
+    fn drive_handover(&mut self) {
+        let Some(handover) = self.handover else { return };
+        let Some(end) = handover.end else { return };
+        let to = &self.nodes[handover.to];
+        if !to.is_up() {
+            self.handover.as_mut().expect("checked").promoting = false;
+            return;
+        }
+        let status = to.rig.owner().status();
+        if !handover.promoting && status.role == Role::Secondary && status.durable == end {
+            self.handover.as_mut().expect("checked").promoting = true;
+            self.promote(handover.to, handover.designation, Cause::Handover);
+        }
+    }
+
+    fn promote(&mut self, at: usize, designation: Designation, cause: Cause) {
+        let id = self.nodes[at].rig.order(Command::Promote { designation, cause });
+        self.orders.insert((at, id), Order::Promote { designation, cause });
+    }
+
+    /// An acknowledged failover: to any consistent replica, whatever the others do.
+    fn fail_over(&mut self) {
+        let at = self.any();
+        let fit =
+            self.nodes[at].data() == Some(DataState::Consistent) && self.nodes[at].role() == Some(Role::Secondary);
+        let resumes = self.nodes[at].is_up() && self.nodes[at].rig.owner().status().resumable.is_some();
+        if !fit || resumes || self.orders.keys().any(|(node, _)| *node == at) {
+            return;
+        }
+        self.handover = None;
+        let designation = self.new_designation(at);
+        self.promote(at, designation, Cause::Failover);
+    }
+
+    fn collect(&mut self) {
+        let waiting: Vec<(usize, CommandId)> = self.orders.keys().copied().collect();
+        for (at, id) in waiting {
+            let Some(reply) = self.nodes[at].rig.reply(id) else {
+                continue;
+            };
+            let order = self.orders.remove(&(at, id)).expect("it was listed");
+            self.on_reply(at, order, reply);
+        }
+    }
+
+    fn on_reply(&mut self, at: usize, order: Order, reply: Reply) {
+        match (order, reply) {
+            (Order::Close, Ok(Answer::At(end))) => {
+                if let Some(handover) = self.handover.as_mut().filter(|handover| handover.from == at) {
+                    handover.end = Some(end);
+                }
+            }
+            (Order::Close, refused) => {
+                // Nothing was closed: the operator gives the role back.
+                assert!(refused.is_err(), "a close answers with its end");
+                if self.handover.is_some_and(|handover| handover.from == at) {
+                    self.handover = None;
+                    self.designated = at;
+                }
+            }
+            (Order::Promote { designation, cause }, Ok(_)) => self.promoted(at, designation, cause),
+            (Order::Promote { .. }, Err(_)) => {
+                if let Some(handover) = self.handover.as_mut().filter(|handover| handover.to == at) {
+                    handover.promoting = false;
+                }
+            }
+            (Order::Resume { crash }, Ok(_)) => self.resumed(at, crash),
+            (Order::Resume { .. }, Err(refusal)) => panic!("node {at} may resume and does not: {refusal}"),
+        }
+    }
+
+    /// A new primary: what does it hold?
+    fn promoted(&mut self, at: usize, designation: Designation, cause: Cause) {
+        self.crashed.remove(&at);
+        if !self.nodes[at].is_up() {
+            return;
+        }
+        let content = self.nodes[at].rig.content();
+        for other in 0..self.nodes.len() {
+            self.learn(other);
+        }
+        if cause != Cause::Create {
+            // The new epoch itself is not durable yet, and so not in the published history.
+            let status = self.nodes[at].rig.owner().status();
+            let end = status.appended;
+            let lineage = status.lineage.clone();
+            let epoch = lineage.0.last().expect("a primary has a history").id;
+            let expected = self.oracle.content_at(&lineage, Position { epoch, ..end });
+            assert!(
+                content == expected,
+                "node {at} opened at {end} ({cause:?}) with another content"
+            );
+        }
+        match cause {
+            Cause::Handover => {
+                let handover = self.handover.filter(|handover| handover.designation == designation);
+                let predecessor = handover.and_then(|handover| self.nodes[handover.from].load.take());
+                if let Some(mut load) = predecessor {
+                    let from = handover.expect("it was just looked at").from;
+                    load.collect(&mut self.nodes[from].rig);
+                    load.judge(&content, Crash::Process);
+                }
+                self.handover = None;
+                self.report.handovers += 1;
+            }
+            Cause::Failover => self.report.failovers += 1,
+            Cause::Create | Cause::Recovery | Cause::EmergencyExit => {}
+        }
+        self.nodes[at].load = Some(Load::with_content(content));
+    }
+
+    fn resumed(&mut self, at: usize, crash: Crash) {
+        self.crashed.remove(&at);
+        if !self.nodes[at].is_up() {
+            return;
+        }
+        let content = self.nodes[at].rig.content();
+        match &mut self.nodes[at].load {
+            Some(load) => {
+                load.judge(&content, crash);
+            }
+            None => self.nodes[at].load = Some(Load::with_content(content)),
+        }
+    }
+
+    /// An administrator looks after a node: an old primary steps down, a replica that cannot go on is invalidated.
+    fn repair(&mut self) {
+        let at = self.any();
+        self.repair_node(at);
+    }
+
+    fn repair_node(&mut self, at: usize) {
+        if !self.nodes[at].is_up() || at == self.designated || self.handover.is_some() || !self.orders.is_empty() {
+            return;
+        }
+        let leader = self.designated;
+        if self.nodes[leader].role() != Some(Role::Primary) {
+            return;
+        }
+        let (ours, theirs) = (
+            self.nodes[at].rig.owner().status().clone(),
+            self.nodes[leader].rig.owner().status().clone(),
+        );
+        if ours.role == Role::Primary || ours.resumable.is_some() {
+            self.nodes[at].load = None;
+            let designation = self.designation;
+            self.nodes[at].rig.order(Command::StepDown { designation });
+            return;
+        }
+        let relation = relate((&ours.lineage, ours.durable), (&theirs.lineage, theirs.durable));
+        let lost = matches!(
+            relation,
+            Relation::Fork(_) | Relation::Ahead { .. } | Relation::Differs { .. }
+        );
+        let blank = ours.lineage.0.is_empty();
+        if ours.role == Role::Secondary && !blank && (lost || ours.durable.lsn < theirs.log_start) {
+            self.report.invalidations += 1;
+            self.nodes[at].rig.order(Command::Invalidate);
+        }
+    }
+
+    /// Everything comes back, and all replicas become equal.
+    fn heal(&mut self) {
+        self.links.clear();
+        for round in 0..PATIENCE {
+            for at in 0..self.nodes.len() {
+                self.heal_node(at, round);
+            }
+            self.pass_time();
+            self.collect();
+            self.drive_handover();
+            self.note_deaths();
+            if round % 64 == 63 && self.is_whole() {
+                self.check();
+                return;
+            }
+        }
+        let states: Vec<String> = self
+            .nodes
+            .iter()
+            .map(|node| format!("{:?}\n", node.is_up().then(|| node.rig.owner().status())))
+            .collect();
+        panic!("the replicas do not become equal: {}", states.concat());
+    }
+
+    fn heal_node(&mut self, at: usize, round: u32) {
+        if round == 0 {
+            self.nodes[at].rig.order(Command::SetSwitches(Switches::default()));
+        }
+        if !self.nodes[at].is_up() {
+            self.start(at);
+            self.nodes[at].rig.order(Command::SetSwitches(Switches::default()));
+        }
+        for _ in 0..100 {
+            if !self.nodes[at].rig.run_one_job() {
+                break;
+            }
+        }
+        for other in 0..self.nodes.len() {
+            if other != at && round.is_multiple_of(4) {
+                node::gossip(&mut self.nodes, &self.ids, other, at);
+            }
+        }
+        self.set_wish(at);
+        node::step_fetch(&mut self.nodes, &self.ids, at, &|_, _| true);
+        node::step_copy(&mut self.nodes, &self.ids, at, &|_, _| true);
+        if round % 16 == 15 {
+            self.repair_node(at);
+            self.lead_again(at);
+        }
+    }
+
+    /// Nobody leads and nobody is about to: the replica with most durable log takes over.
+    fn lead_again(&mut self, at: usize) {
+        let leaders = |node: &Node| matches!(node.role(), Some(Role::Primary | Role::Promoting | Role::Closing));
+        let designated_leads = leaders(&self.nodes[self.designated]);
+        if designated_leads || self.handover.is_some() || !self.orders.is_empty() {
+            return;
+        }
+        let durable = |node: &Node| node.rig.owner().status().durable.lsn;
+        let most = self
+            .nodes
+            .iter()
+            .filter(|node| node.data() == Some(DataState::Consistent))
+            .map(durable)
+            .max();
+        let node = &self.nodes[at];
+        if node.data() == Some(DataState::Consistent)
+            && Some(durable(node)) == most
+            && node.role() == Some(Role::Secondary)
+        {
+            let designation = self.new_designation(at);
+            self.promote(at, designation, Cause::Failover);
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        let leader = &self.nodes[self.designated];
+        if self.handover.is_some() || !self.orders.is_empty() || leader.role() != Some(Role::Primary) {
+            return false;
+        }
+        let end = leader.rig.owner().status().appended;
+        self.nodes.iter().all(|node| {
+            node.is_up() && {
+                let status = node.rig.owner().status();
+                let at_end = |position: Position| (position.lsn, position.chain) == (end.lsn, end.chain);
+                let equal = status.durable == end && at_end(status.applied) && status.dirty_end == end.lsn;
+                equal && status.data == DataState::Consistent
+            }
+        })
+    }
+
+    fn report(mut self) -> Report {
+        let leader = self.designated;
+        let content = self.nodes[leader].rig.content();
+        for node in &self.nodes {
+            let disk = node.rig.store.peek(&FileId::Data).expect("every node has a data disk");
+            assert!(disk == content, "a replica differs from the device at the end");
+        }
+        self.report.ios = self.nodes.iter().map(|node| node.rig.store.io_count()).sum();
+        self.report.records_checked = self.oracle.records_checked;
+        self.report.digest = format!("{:016x}", fingerprint(&content));
+        self.report
+    }
+}
+
+/// FNV-1a, for comparing two runs.
+fn fingerprint(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
