@@ -7,13 +7,13 @@
 
 use crate::node::{self, Node};
 use crate::oracle::Oracle;
-use mars_engine::api::{Answer, Command, CommandId, DataState, Reply, Role, Switches};
+use mars_engine::api::{Answer, Command, CommandId, DataState, Io, IoResult, Reply, Role, Switches};
 use mars_engine::lineage::Cause;
 use mars_engine::replication::histories::{Relation, relate};
 use mars_engine::store::FileId;
 use mars_engine::store_sim::Survival;
 use mars_engine::testing::{Crash, Load, Rig, small_params};
-use mars_engine::types::{Designation, Position, ReplicaId};
+use mars_engine::types::{ByteRange, Designation, Position, ReplicaId};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng};
 use std::collections::BTreeMap;
@@ -110,6 +110,7 @@ struct World {
     orders: BTreeMap<(usize, CommandId), Order>,
     /// How each node that is down, or not yet resumed, crashed last.
     crashed: BTreeMap<usize, Crash>,
+    steps: u64,
     report: Report,
 }
 
@@ -151,6 +152,7 @@ impl World {
             handover: None,
             orders: BTreeMap::new(),
             crashed: BTreeMap::new(),
+            steps: 0,
             report: Report::default(),
         }
     }
@@ -216,6 +218,10 @@ impl World {
         self.collect();
         self.drive_handover();
         self.note_deaths();
+        self.steps += 1;
+        if self.steps.is_multiple_of(8) {
+            (0..self.nodes.len()).for_each(|at| self.learn(at));
+        }
     }
 
     fn use_devices(&mut self) {
@@ -436,7 +442,7 @@ impl World {
 
     fn begin_handover(&mut self) {
         let (from, to) = (self.designated, self.any());
-        let busy = self.handover.is_some() || !self.orders.is_empty();
+        let busy = self.handover.is_some() || !self.orders.is_empty() || self.has_forked(to, from);
         let fit =
             self.nodes[to].data() == Some(DataState::Consistent) && self.nodes[to].role() == Some(Role::Secondary);
         if busy || from == to || self.nodes[from].role() != Some(Role::Primary) || !fit {
@@ -456,6 +462,31 @@ impl World {
             to: successor,
         });
         self.orders.insert((from, id), Order::Close);
+    }
+
+    /// Whether `at` could not simply go on with the history of `leader`: the operator refuses a handover to it.
+    fn has_forked(&self, at: usize, leader: usize) -> bool {
+        if !self.nodes[at].is_up() || !self.nodes[leader].is_up() {
+            return true;
+        }
+        let (ours, theirs) = (
+            self.nodes[at].rig.owner().status(),
+            self.nodes[leader].rig.owner().status(),
+        );
+        let relation = relate((&ours.lineage, ours.durable), (&theirs.lineage, theirs.durable));
+        !matches!(relation, Relation::Same | Relation::Behind { .. })
+    }
+
+    /// Reads the whole device; `None` when the machine dies over it.
+    fn read_device(&mut self, at: usize) -> Option<Vec<u8>> {
+        let rig = &mut self.nodes[at].rig;
+        let len = rig.is_up().then(|| rig.owner().status().size_bytes)?;
+        match rig.io(Io::Read {
+            range: ByteRange { offset: 0, len },
+        })? {
+            IoResult::Data(bytes) => Some(bytes.to_vec()),
+            other => panic!("reading the device of node {at}: {other:?}"),
+        }
     }
 
     fn drive_handover(&mut self) {
@@ -531,11 +562,8 @@ impl World {
 
     /// A new primary: what does it hold?
     fn promoted(&mut self, at: usize, designation: Designation, cause: Cause) {
+        let Some(content) = self.read_device(at) else { return };
         self.crashed.remove(&at);
-        if !self.nodes[at].is_up() {
-            return;
-        }
-        let content = self.nodes[at].rig.content();
         for other in 0..self.nodes.len() {
             self.learn(other);
         }
@@ -570,11 +598,8 @@ impl World {
     }
 
     fn resumed(&mut self, at: usize, crash: Crash) {
+        let Some(content) = self.read_device(at) else { return };
         self.crashed.remove(&at);
-        if !self.nodes[at].is_up() {
-            return;
-        }
-        let content = self.nodes[at].rig.content();
         match &mut self.nodes[at].load {
             Some(load) => {
                 load.judge(&content, crash);
@@ -630,17 +655,41 @@ impl World {
             self.collect();
             self.drive_handover();
             self.note_deaths();
+            (0..self.nodes.len()).for_each(|at| self.learn(at));
             if round % 64 == 63 && self.is_whole() {
                 self.check();
                 return;
             }
         }
-        let states: Vec<String> = self
-            .nodes
-            .iter()
-            .map(|node| format!("{:?}\n", node.is_up().then(|| node.rig.owner().status())))
-            .collect();
-        panic!("the replicas do not become equal: {}", states.concat());
+        panic!("the replicas do not become equal:\n{}", self.summary());
+    }
+
+    /// The state of everything, for a failure.
+    fn summary(&self) -> String {
+        let node = |(at, node): (usize, &Node)| {
+            if !node.is_up() {
+                return format!("{at}: down\n");
+            }
+            let status = node.rig.owner().status();
+            format!(
+                "{at}: {:?} {:?} designation {} durable {} applied {} dirty to {} log from {} resumable {} released {} faults {:?}\n",
+                status.role,
+                status.data,
+                status.designation.number,
+                status.durable,
+                status.applied.lsn,
+                status.dirty_end,
+                status.log_start,
+                status.resumable.is_some(),
+                status.released.is_some(),
+                status.faults,
+            )
+        };
+        let nodes: String = self.nodes.iter().enumerate().map(node).collect();
+        format!(
+            "designation {} names {}, handover {:?}, orders {:?}\n{nodes}",
+            self.designation.number, self.designated, self.handover, self.orders
+        )
     }
 
     fn heal_node(&mut self, at: usize, round: u32) {
