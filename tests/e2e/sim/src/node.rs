@@ -131,6 +131,9 @@ impl Node {
 }
 
 /// Moves the log transfer of node `at` by one item.
+///
+/// # Panics
+/// When the protocol breaks its own contract.
 pub fn step_fetch(nodes: &mut [Node], ids: &[ReplicaId], at: usize, connected: &dyn Fn(usize, usize) -> bool) {
     if !nodes[at].is_up() {
         return;
@@ -213,6 +216,9 @@ fn take_item(nodes: &mut [Node], at: usize, from: usize) {
 }
 
 /// Moves the copy of node `at` by one step.
+///
+/// # Panics
+/// When the protocol breaks its own contract.
 pub fn step_copy(nodes: &mut [Node], ids: &[ReplicaId], at: usize, connected: &dyn Fn(usize, usize) -> bool) {
     if !nodes[at].is_up() {
         return;

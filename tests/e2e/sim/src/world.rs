@@ -263,10 +263,11 @@ impl World {
         let wish = &mut self.nodes[at].wish;
         wish.designation = self.designation;
         wish.designated = Some(self.ids[self.designated]);
-        wish.handover = handover.is_some();
+        // As the agent reads its orders: the successor learns of the handover with its end, the predecessor with the order to close.
         wish.handover_end = handover
             .filter(|handover| handover.to == at)
             .and_then(|handover| handover.end);
+        wish.handover = wish.handover_end.is_some() || handover.is_some_and(|handover| handover.from == at);
     }
 
     fn learn(&mut self, at: usize) {
@@ -498,6 +499,13 @@ impl World {
             return;
         }
         let status = to.rig.owner().status();
+        if self.has_forked(handover.to, handover.from) && self.nodes[handover.from].role() == Some(Role::Secondary) {
+            // It had bytes of a rival under way when it was chosen: an acknowledged failover gives the role back.
+            self.handover = None;
+            let designation = self.new_designation(handover.from);
+            self.promote(handover.from, designation, Cause::Failover);
+            return;
+        }
         if !handover.promoting && status.role == Role::Secondary && status.durable == end {
             self.handover.as_mut().expect("checked").promoting = true;
             self.promote(handover.to, handover.designation, Cause::Handover);
@@ -730,7 +738,7 @@ impl World {
         let most = self
             .nodes
             .iter()
-            .filter(|node| node.data() == Some(DataState::Consistent))
+            .filter(|node| node.data() == Some(DataState::Consistent) && node.role() == Some(Role::Secondary))
             .map(durable)
             .max();
         let node = &self.nodes[at];
