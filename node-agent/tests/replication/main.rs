@@ -1,0 +1,9 @@
+//! Replication between members in one process: real engines on real files, real TLS over loopback, faults in between.
+//!
+//! Nothing here needs root. Each test has its own directory, ports and certificates.
+
+mod fetch;
+mod machine;
+mod rig;
+mod security;
+mod sync;
