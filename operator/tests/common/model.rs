@@ -343,7 +343,7 @@ impl Agent {
         self.closed = None;
     }
 
-    fn status(&self) -> MarsReplicaStatus {
+    pub(crate) fn status(&self) -> MarsReplicaStatus {
         let blank = self.log.is_empty();
         let refused = |order, token: DesignationRef, durable| Refused {
             order,
