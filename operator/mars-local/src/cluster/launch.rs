@@ -41,7 +41,7 @@ impl Launch<'_> {
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child = command.spawn()?;
         let observed = Process::observe(child.id());
-        if let Some(status) = wait_for_exec(&mut child, self.program)? {
+        if let Some(status) = wait_for_exec(&mut child)? {
             return Err(io::Error::other(format!(
                 "it ended at once ({status}); see {}",
                 self.log.display()
@@ -56,15 +56,16 @@ impl Launch<'_> {
 }
 
 /// Waits until the child has become the program (at most 10 s); returns how it ended if it did before.
-fn wait_for_exec(child: &mut Child, program: &Path) -> io::Result<Option<ExitStatus>> {
+fn wait_for_exec(child: &mut Child) -> io::Result<Option<ExitStatus>> {
+    let own = own_program()?;
     let deadline = Instant::now() + Duration::from_secs(10);
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        // For a moment during exec there is no command line.
-        let line = std::fs::read(format!("/proc/{}/cmdline", child.id())).unwrap_or_default();
-        if line.split(|b| *b == 0).next() == Some(program.to_string_lossy().as_bytes()) {
+        // For a moment during exec there is no link.
+        let now = std::fs::read_link(format!("/proc/{}/exe", child.id())).unwrap_or_else(|_| own.clone());
+        if now != own {
             break;
         }
         std::thread::sleep(Duration::from_millis(2));

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// Media type of the protobuf form of v2, as kubectl 1.20 asks for it.
-const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+const V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
 /// Path of a group and version: `api/v1`, `apis/<group>/<version>`.
 fn group_path(kind: &Kind) -> String {

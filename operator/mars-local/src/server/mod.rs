@@ -7,6 +7,7 @@
 
 mod delete;
 mod objects;
+mod protobuf;
 mod read;
 mod request;
 mod respond;

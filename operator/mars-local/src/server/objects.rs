@@ -5,7 +5,7 @@
 
 use super::read::key;
 use super::respond::Answer;
-use super::{Api, Incoming, Target};
+use super::{Api, Incoming, Target, protobuf};
 use crate::apply::{Manager, apply, record_update};
 use crate::error::ApiError;
 use crate::meta;
@@ -56,17 +56,19 @@ fn manager<'a>(kind: &Kind, name: &'a str, api_version: &'a str, status: bool) -
     }
 }
 
-/// A body as JSON; YAML is read too.
+/// A body as JSON; YAML is read too, and the protobuf form of the few kinds that kubectl creates that way.
 fn parse_body(incoming: &Incoming) -> Result<Value, ApiError> {
     match incoming.content_type() {
         "" | "application/json" => serde_json::from_slice(&incoming.body)
             .map_err(|e| ApiError::bad_request(format!("the body of the request is no JSON: {e}"))),
         "application/yaml" | "application/apply-patch+yaml" => serde_yaml::from_slice(&incoming.body)
             .map_err(|e| ApiError::bad_request(format!("error decoding YAML: {e}"))),
-        other => Err(ApiError::unsupported_media_type(
-            other,
-            "application/json, application/yaml",
-        )),
+        protobuf::MEDIA_TYPE => protobuf::decode(&incoming.body)
+            .map_err(|e| ApiError::bad_request(format!("the protobuf body of the request cannot be read: {e}"))),
+        other => {
+            let supported = "application/json, application/yaml";
+            Err(ApiError::unsupported_media_type(other, supported))
+        }
     }
 }
 
