@@ -432,6 +432,29 @@ pub struct Tuning {
     pub retention_bytes: u64,
 }
 
+impl Tuning {
+    /// Whether an engine can work with these values.
+    ///
+    /// # Errors
+    /// What is wrong and what to do, for people.
+    pub fn check(&self) -> Result<(), String> {
+        let least = 64 * 1024;
+        if self.segment_bytes < least || !self.segment_bytes.is_multiple_of(crate::types::BLOCK_BYTES) {
+            return Err(format!(
+                "segments of {} bytes: choose a multiple of 4096, at least {least}",
+                self.segment_bytes
+            ));
+        }
+        if self.overlay_budget_bytes < crate::types::BLOCK_BYTES {
+            return Err(format!(
+                "a buffer of {} bytes holds no write: choose more",
+                self.overlay_budget_bytes
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// Why a command was not done. Each message says what, where and what to do next.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {

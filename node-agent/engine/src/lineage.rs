@@ -57,7 +57,17 @@ pub struct EpochEntry {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lineage(pub Vec<EpochEntry>);
 
+/// Most epochs that a history remembers: it must fit into a slot. A member that is further behind needs a sync.
+pub const MAX_EPOCHS: usize = 512;
+
 impl Lineage {
+    /// Adds the epoch that begins now; the oldest are forgotten beyond [`MAX_EPOCHS`].
+    pub fn push(&mut self, entry: EpochEntry) {
+        self.0.push(entry);
+        let over = self.0.len().saturating_sub(MAX_EPOCHS);
+        self.0.drain(..over);
+    }
+
     /// Whether each epoch begins in the one before it, and not before that one.
     ///
     /// # Errors
@@ -118,15 +128,14 @@ pub struct Fork {
 /// Compares two histories: ours first.
 #[must_use]
 pub fn relate(ours: (&Lineage, Position), theirs: (&Lineage, Position)) -> Relation {
-    let common = ours
-        .0
-        .0
+    let (our_epochs, their_epochs) = align(&ours.0.0, &theirs.0.0);
+    let common = our_epochs
         .iter()
-        .zip(&theirs.0.0)
+        .zip(their_epochs)
         .take_while(|(a, b)| a.id == b.id && a.parent == b.parent)
         .count();
-    let ours = Branch::beyond(ours.0, ours.1, common);
-    let theirs = Branch::beyond(theirs.0, theirs.1, common);
+    let ours = Branch::beyond(our_epochs, ours.1, common);
+    let theirs = Branch::beyond(their_epochs, theirs.1, common);
     // `left` is where each side leaves the last common epoch; a side with later epochs cannot come back to it.
     let at = ours.left.lsn.min(theirs.left.lsn);
     let fork = || {
@@ -158,6 +167,21 @@ pub fn relate(ours: (&Lineage, Position), theirs: (&Lineage, Position)) -> Relat
     }
 }
 
+/// Long histories forget their oldest epochs, not all at the same time: both from the first epoch that both may know.
+fn align<'a>(ours: &'a [EpochEntry], theirs: &'a [EpochEntry]) -> (&'a [EpochEntry], &'a [EpochEntry]) {
+    let begins = |epochs: &[EpochEntry], other: &[EpochEntry]| {
+        let first = other.first()?;
+        epochs.iter().position(|entry| entry.id == first.id)
+    };
+    if let Some(at) = begins(ours, theirs) {
+        (&ours[at..], theirs)
+    } else if let Some(at) = begins(theirs, ours) {
+        (ours, &theirs[at..])
+    } else {
+        (ours, theirs)
+    }
+}
+
 /// The history up to `at`: the epochs that begin at or before it, its own the last.
 #[must_use]
 pub fn prefix(lineage: &Lineage, at: Position) -> Lineage {
@@ -176,8 +200,8 @@ struct Branch {
 }
 
 impl Branch {
-    fn beyond(lineage: &Lineage, end: Position, common: usize) -> Self {
-        match lineage.0.get(common) {
+    fn beyond(epochs: &[EpochEntry], end: Position, common: usize) -> Self {
+        match epochs.get(common) {
             Some(next) => Self {
                 left: next.parent,
                 next_began: Some(next.lamport),

@@ -100,22 +100,23 @@ pub fn defect(stop: &Stop) -> Fault {
 
 /// The history up to the end of the log, and the epoch that was granted but never got as far as the log.
 fn history(saved: &SavedState, log: &LogFacts) -> (Lineage, Option<EpochEntry>) {
-    let mut epochs = saved.lineage.0.clone();
+    let mut lineage = saved.lineage.clone();
     for entry in &log.epochs {
-        if !epochs.iter().any(|known| known.id == entry.id) && entry.id != EpochId::default() {
+        if !lineage.0.iter().any(|known| known.id == entry.id) && entry.id != EpochId::default() {
             // The log went on after the slot was saved: what follows its parent there is superseded.
-            let parent = epochs.iter().position(|known| known.id == entry.parent.epoch);
-            epochs.truncate(parent.map_or(0, |parent| parent + 1));
-            epochs.push(entry.clone());
+            let parent = lineage.0.iter().position(|known| known.id == entry.parent.epoch);
+            lineage.0.truncate(parent.map_or(0, |parent| parent + 1));
+            lineage.push(entry.clone());
         }
     }
-    let reached = epochs
+    let reached = lineage
+        .0
         .iter()
         .position(|entry| entry.id == log.end.epoch)
         .map_or(0, |index| index + 1);
-    let unstarted = epochs.get(reached).cloned();
-    epochs.truncate(reached);
-    (Lineage(epochs), unstarted)
+    let unstarted = lineage.0.get(reached).cloned();
+    lineage.0.truncate(reached);
+    (lineage, unstarted)
 }
 
 #[cfg(test)]

@@ -265,3 +265,43 @@ fn a_lineage_with_a_gap_is_named() {
     replica.lineage.0.remove(1);
     assert!(replica.lineage.check().unwrap_err().contains("does not continue"));
 }
+
+#[test]
+fn a20_a_history_that_forgot_its_oldest_epochs_still_compares() {
+    let mut long = Lineage::default();
+    let mut at = Position::default();
+    for index in 1..=1000_u64 {
+        let id = EpochId(uuid::Uuid::from_u128(u128::from(index)));
+        let (origin, cause, lamport) = (ReplicaId::default(), Cause::Handover, Lamport(index));
+        long.push(EpochEntry {
+            id,
+            parent: at,
+            origin,
+            cause,
+            lamport,
+        });
+        at = Position {
+            epoch: id,
+            lsn: at.lsn.advance(100),
+            chain: at.chain,
+        };
+    }
+    assert_eq!(long.0.len(), MAX_EPOCHS);
+    let behind = long.0[300].parent;
+    let shorter = prefix(&long, behind);
+    let older = Lineage(shorter.0[100..].to_vec());
+    for theirs in [&shorter, &older] {
+        let bytes = at.lsn.bytes_since(behind.lsn);
+        assert_eq!(relate((&long, at), (theirs, behind)), Relation::Ahead { bytes });
+        assert_eq!(relate((theirs, behind), (&long, at)), Relation::Behind { bytes });
+    }
+    // Nothing in common any more: never taken for the same history.
+    let forgotten = Lineage(vec![EpochEntry {
+        id: EpochId(uuid::Uuid::from_u128(3)),
+        ..long.0[0].clone()
+    }]);
+    assert!(matches!(
+        relate((&long, at), (&forgotten, forgotten.0[0].parent)),
+        Relation::Fork(_)
+    ));
+}

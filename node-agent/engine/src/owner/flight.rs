@@ -62,6 +62,11 @@ impl Flight {
         [due, self.retry.deadline(now)].into_iter().flatten().min()
     }
 
+    /// The last flight failed and waits for its next try.
+    pub(super) fn has_failed(&self) -> bool {
+        matches!(self.stage, Stage::Failed(_))
+    }
+
     /// Nothing is on its way to the disk now; a flight that failed may be forgotten with the log that it came from.
     pub(super) fn may_be_dropped(&self) -> bool {
         matches!(self.stage, Stage::Idle | Stage::Failed(_)) && self.landed.is_none()

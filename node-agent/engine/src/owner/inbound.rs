@@ -140,7 +140,7 @@ impl<S: Store> Owner<S> {
                 self.begin_epoch(entry.clone())?;
                 self.see(entry.lamport);
                 let entry = entry.clone();
-                self.save(|saved| saved.lineage.0.push(entry));
+                self.save(|saved| saved.lineage.push(entry));
                 self.saved.released = None;
                 self.trailing_close = None;
             }

@@ -299,6 +299,7 @@ fn slot_error(error: SlotError) -> OpenError {
 }
 
 fn create_slots<S: Store>(store: &S, params: &OpenParams, size_bytes: u64) -> Result<OpenSlots<S>, OpenError> {
+    params.tuning.check().map_err(|what| OpenError::Refused { what })?;
     let files = store.list().map_err(io_error("list the log directory"))?;
     if let Some(FileId::Segment(name)) = files.iter().find(|id| matches!(id, FileId::Segment(_))) {
         let what = format!("saved state is missing, but there is log ({name}): this is no new replica");

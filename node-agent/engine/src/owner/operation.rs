@@ -78,6 +78,9 @@ impl<S: Store> Owner<S> {
                 self.done_when_saved(id, generation);
             }
             Command::SetTuning(tuning) => {
+                if let Err(what) = tuning.check() {
+                    return self.refuse(id, Refusal::Invalid(what));
+                }
                 let generation = self.save(|saved| saved.tuning = tuning);
                 self.log.set_compression(tuning.compression);
                 self.done_when_saved(id, generation);

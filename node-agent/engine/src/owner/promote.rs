@@ -134,7 +134,9 @@ impl<S: Store> Owner<S> {
                         saved.designation = designation;
                         saved.role = SavedRole::Primary { granted: designation };
                         saved.data = DataState::Consistent;
-                        saved.lineage.0.extend(for_slot);
+                        if let Some(entry) = for_slot {
+                            saved.lineage.push(entry);
+                        }
                     });
                     Promote::Saving(generation, entry)
                 }

@@ -6,10 +6,11 @@
 use super::retry::Retry;
 use super::saver::Generation;
 use super::{Owner, Purpose};
-use crate::api::{CommandId, Fault};
+use crate::api::{CommandId, Fault, Role};
 use crate::jobs::Job;
+use crate::log::TailClass;
 use crate::retention::{self, Closed};
-use crate::state::SavedMember;
+use crate::state::{SavedMember, SavedRole};
 use crate::store::{FileId, SegmentName, Store};
 use crate::types::{Lsn, Position, ReplicaId};
 use std::io;
@@ -132,6 +133,7 @@ impl<S: Store> Owner<S> {
 
     /// A report counts as far as it lies on our history. It is saved with the next slot: an older one only keeps more log.
     pub(super) fn peer_report(&mut self, id: CommandId, peer: ReplicaId, durable: Position) {
+        self.hear_evidence(durable);
         let start = self.log.segments().first().map_or(Lsn::ZERO, |first| first.start.lsn);
         if let Some(end) = self.common_end(durable)
             && let Some(member) = self.saved.members.iter_mut().find(|member| member.replica == peer)
@@ -142,6 +144,40 @@ impl<S: Store> Owner<S> {
             self.changed = true;
         }
         self.done(id);
+    }
+
+    /// A member that has more of an epoch than the one who wrote it proves that durable log is lost here: only durable bytes are
+    /// ever shipped. Such a replica does not resume its role; it fetches what is missing.
+    fn hear_evidence(&mut self, reported: Position) {
+        let end = self.log.appended();
+        let wrote_it = self
+            .saved
+            .lineage
+            .0
+            .last()
+            .is_some_and(|entry| entry.origin == self.replica);
+        if self.role != Role::Secondary || !wrote_it || reported.epoch != end.epoch || reported.lsn <= end.lsn {
+            return;
+        }
+        let segment = self
+            .log
+            .segments()
+            .last()
+            .map_or_else(String::new, |last| last.name.to_string());
+        let fault = Fault::LogDefect {
+            segment,
+            file_offset: 0,
+            lsn: end.lsn,
+            class: TailClass::Truncated.to_string(),
+        };
+        tracing::error!(replica = %self.replica, %reported, %end, "a member has durable log that is lost here");
+        self.faults.set(fault);
+        self.defect_until = Some(reported.lsn);
+        self.resumable = None;
+        self.save(|saved| {
+            saved.durable = saved.durable.max(reported.lsn);
+            saved.role = SavedRole::Secondary;
+        });
     }
 
     /// The part of a reported position that lies on our history; `None`: its epoch is unknown here.

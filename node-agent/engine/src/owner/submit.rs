@@ -5,7 +5,7 @@
 //! appended now waits in order and is never answered with an error because of a full buffer or a failing log (P8).
 
 use super::{MAX_IN_FLIGHT, Owner, Purpose};
-use crate::api::{Action, Answer, CommandId, Durability, Io, IoResult, Now, Role, Submitted};
+use crate::api::{Action, Answer, CommandId, Durability, Fault, Io, IoResult, Now, Role, Submitted};
 use crate::format::record::RecordKind;
 use crate::jobs::Job;
 use crate::overlay::Content;
@@ -312,9 +312,16 @@ impl<S: Store> Owner<S> {
     pub(super) fn read_done(&mut self, tag: u64, result: io::Result<Bytes>) {
         self.requests.reads -= 1;
         let result = match result {
-            Ok(bytes) => IoResult::Data(bytes),
+            Ok(bytes) => {
+                if !self.flight.has_failed() {
+                    self.changed |= self.faults.clear(|fault| matches!(fault, Fault::DataDiskFailed { .. }));
+                }
+                IoResult::Data(bytes)
+            }
             Err(error) => {
-                tracing::error!(replica = %self.replica, %error, "reading the data disk failed");
+                let message = format!("reading the data disk: {error}; the request failed with it");
+                tracing::error!(replica = %self.replica, message);
+                self.changed |= self.faults.set(Fault::DataDiskFailed { message });
                 IoResult::Errno(error.raw_os_error().unwrap_or(EIO))
             }
         };

@@ -10,11 +10,12 @@ use crate::testing::Rig;
 use crate::types::Designation;
 use uuid::Uuid;
 
-/// Number of seeds that random tests run; `MARS_SEED=<n>` runs one.
+/// The seeds that a random test runs: `MARS_SEED=<n>` runs one, `MARS_SOAK=<factor>` that many times more.
 fn seeds(count: u64) -> Vec<u64> {
-    match std::env::var("MARS_SEED").ok().and_then(|seed| seed.parse().ok()) {
-        Some(seed) => vec![seed],
-        None => (1..=count).collect(),
+    let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    match (number("MARS_SEED"), number("MARS_SOAK")) {
+        (Some(seed), _) => vec![seed],
+        (None, factor) => (1..=count * factor.unwrap_or(1)).collect(),
     }
 }
 

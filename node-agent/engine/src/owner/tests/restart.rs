@@ -501,3 +501,45 @@ fn a33_a_copy_goes_on_after_a_handover_and_starts_over_after_a_failover() {
         assert!(disk(&c) == load.newest());
     }
 }
+
+#[test]
+fn a_member_that_has_more_than_the_writer_keeps_it_from_resuming() {
+    let (mut a, mut b, mut load) = pair(16);
+    load.write(&mut a, true);
+    catch_up(&mut a, &mut b);
+    a.settle();
+    let told = b.owner().status().durable;
+    a.kill();
+    a.open().unwrap();
+    let resumable = a.owner().status().resumable.unwrap();
+    let more = crate::types::Position {
+        lsn: told.lsn.advance(100),
+        ..a.owner().status().durable
+    };
+    ok(a.command(Command::PeerReport {
+        peer: b.params.replica,
+        durable: more,
+    }));
+    let status = a.owner().status();
+    assert!(matches!(status.faults[..], [Fault::LogDefect { .. }]) && status.resumable.is_none());
+    let refused = a.command(Command::Resume {
+        designation: resumable.designation,
+    });
+    assert!(matches!(refused, Some(Err(Refusal::WrongRole { .. }))));
+}
+
+#[test]
+fn tuning_that_no_engine_can_work_with_is_refused() {
+    let mut rig = primary(17);
+    for (segment_bytes, overlay_budget_bytes) in [(0, 1 << 20), (65_537, 1 << 20), (1 << 20, 0)] {
+        let tuning = crate::api::Tuning {
+            overlay_budget_bytes,
+            segment_bytes,
+            ..rig.params.tuning
+        };
+        assert!(matches!(
+            rig.command(Command::SetTuning(tuning)),
+            Some(Err(Refusal::Invalid(_)))
+        ));
+    }
+}
