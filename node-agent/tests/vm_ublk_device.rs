@@ -104,6 +104,7 @@ fn a19_ublk_killed_again_and_again_under_fio_no_error_and_no_byte_wrong() {
         "--size=32M",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--verify_backlog=64",
         "--loops=100000",
         &filename,

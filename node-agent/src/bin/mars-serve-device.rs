@@ -16,6 +16,7 @@ use mars_engine::store_fs::FsStore;
 use mars_engine::types::{ClusterId, Designation, ReplicaId, ResourceId};
 use mars_node_agent::frontend::harden::{self, Mounts};
 use mars_node_agent::frontend::{DeviceName, FrontendChoice, Frontends, FrontendsConfig};
+
 use mars_node_agent::shard::plain::PlainEngine;
 use mars_node_agent::shard::{AttachParams, Engine, OwnerEngine, ReplicaHandle, Runtime, RuntimeConfig};
 use std::fs::File;

@@ -311,9 +311,10 @@ impl Frontends {
         let now = failed.map(|error| error.to_string());
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         if *trouble != now {
-            match &now {
-                Some(text) => warn!("devices would not survive the death of this agent: {text}"),
-                None => info!("devices survive the death of this agent again"),
+            if let Some(text) = &now {
+                warn!("devices would not survive the death of this agent: {text}");
+            } else {
+                info!("devices survive the death of this agent again");
             }
             *trouble = now;
         }
@@ -360,11 +361,11 @@ impl Frontends {
             FrontendChoice::Loop => Some(FrontendKind::Loop),
             FrontendChoice::Ublk => Some(FrontendKind::Ublk),
         };
-        let fits = |frontend: &&Box<dyn BlockFrontend>| wanted.is_none_or(|kind| frontend.kind() == kind);
+        let fits = |frontend: &&dyn BlockFrontend| wanted.is_none_or(|kind| frontend.kind() == kind);
         self.available
             .iter()
-            .find(fits)
             .map(AsRef::as_ref)
+            .find(fits)
             .ok_or_else(|| match choice {
                 FrontendChoice::Loop => FrontendError::Unavailable {
                     frontend: "loop",

@@ -1,4 +1,4 @@
-//! The `ublk` frontend: a block device whose requests arrive on an io_uring, through libublk. All of libublk is in here.
+//! The `ublk` frontend: a block device whose requests arrive on an `io_uring`, through libublk. All of libublk is in here.
 //!
 //! An open device has one thread. Its ring carries the requests and, by a poll of the owner's eventfd, everything else that
 //! concerns the owner – which therefore lives on this thread while the device exists and returns to a shard afterwards.
@@ -17,7 +17,7 @@ use libublk::io::{UblkDev, UblkQueue};
 use libublk::{BufDesc, UblkError, UblkFlags, UblkUringData, sys};
 use mars_engine::api::{Io, IoResult, Submitted};
 use mars_engine::types::{ByteRange, ReplicaId, SECTOR_BYTES};
-use rustix::fd::{AsFd, AsRawFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -40,10 +40,10 @@ const DISCARD_SECTORS: u32 = (1 << 30) >> 9;
 /// Discards smaller than this are not worth a record (bytes).
 const DISCARD_GRANULARITY_BYTES: u32 = 4096;
 /// How long a dead agent's device may take to become quiescent, and a new one to start.
-const DEVICE_WAIT: Duration = Duration::from_secs(60);
+const DEVICE_WAIT: Duration = Duration::from_mins(1);
 const POLL_STEP: Duration = Duration::from_millis(20);
 /// Longest sleep of a device's thread.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_mins(1);
 
 /// Whether this kernel has the driver. Nothing is opened.
 pub(super) fn is_available() -> bool {
@@ -96,24 +96,6 @@ impl UblkFrontend {
         self.state_dir.join(format!("ublk-{replica}"))
     }
 
-    fn write_record(&self, replica: ReplicaId, id: u32, diskseq: Option<u64>) -> Result<(), FrontendError> {
-        let path = self.record_path(replica);
-        let write = || -> io::Result<()> {
-            std::fs::create_dir_all(&self.state_dir)?;
-            let aside = path.with_extension("new");
-            std::fs::write(
-                &aside,
-                serde_json::to_vec(&Record {
-                    boot_id: boot_id()?,
-                    id,
-                    diskseq,
-                })?,
-            )?;
-            std::fs::rename(&aside, &path)
-        };
-        write().map_err(|error| FrontendError::io(format!("record {}", path.display()), error))
-    }
-
     /// Number of the device that a former life left for this replica, if it is there and provably ours.
     fn leftover(&self, replica: ReplicaId) -> Result<Option<u32>, FrontendError> {
         let path = self.record_path(replica);
@@ -137,57 +119,68 @@ impl UblkFrontend {
     }
 
     fn start(&self, params: &OpenParams, recover: Option<u32>, seat: &Seat) -> Result<u32, FrontendError> {
-        let control = control(recover)?;
-        let id = control.dev_info().dev_id;
-        if recover.is_none() {
-            self.write_record(params.replica, id, None)?;
-        }
         let host = seat.mailbox.ask_blocking(Message::Leave)?;
         let (ready_to, ready) = channel();
         let (returned_to, returned) = channel();
         let served = Arc::new(Mutex::new(Some((host, returned_to))));
-        let (params_of, served_by) = (params.clone(), served.clone());
-        let builder = std::thread::Builder::new().name(format!("mars-ublk-{id}"));
-        let spawned = builder.spawn(move || run(&control, &params_of, &served_by, &ready_to));
-        self.running().insert(params.replica, Running { id, returned });
+        let setup = Setup {
+            params: params.clone(),
+            recover,
+            record: self.record_path(params.replica),
+            served: served.clone(),
+        };
+        let name = format!("mars-ublk-{}", params.name);
+        let spawned = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || run(&setup, &ready_to));
         let started = match spawned {
             Ok(_) => ready
                 .recv_timeout(DEVICE_WAIT)
-                .unwrap_or_else(|_| Err("it does not start".to_owned())),
-            Err(error) => Err(error.to_string()),
+                .unwrap_or_else(|_| Err((None, "it does not start".to_owned()))),
+            Err(error) => Err((None, error.to_string())),
         };
-        if let Err(text) = started {
-            // If no queue thread took the owner, it is still here; else it comes back when the queue ends.
-            let untaken = served.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some((host, _)) = untaken {
-                self.running().remove(&params.replica);
-                seat.runtime.place(host);
-            } else {
-                self.stop(params.replica, recover.is_none(), seat)?;
+        let (id, text) = match started {
+            Ok(id) => {
+                self.running().insert(params.replica, Running { id, returned });
+                return Ok(id);
             }
-            return Err(FrontendError::Io {
-                what: format!("ublk device {id}"),
-                source: io::Error::other(text),
-            });
+            Err(failure) => failure,
+        };
+        // If no queue took the owner, it is still here; else it comes back when the queue ends.
+        let untaken = served.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (untaken, id) {
+            (Some((host, _)), _) => seat.runtime.place(host),
+            (None, Some(id)) => {
+                self.running().insert(params.replica, Running { id, returned });
+                self.stop(params.replica, recover.is_none(), None, seat)?;
+            }
+            (None, None) => error!(replica = %params.replica, "a ublk device hangs while it starts: restart the agent"),
         }
-        Ok(id)
+        Err(FrontendError::Io {
+            what: format!("ublk device of {}", params.name),
+            source: io::Error::other(text),
+        })
     }
 
-    /// Stops the device and gives the owner back to a shard.
-    fn stop(&self, replica: ReplicaId, delete: bool, seat: &Seat) -> Result<(), FrontendError> {
+    /// Stops the device and gives the owner back to a shard. `claim` is released once nobody can open the device any more.
+    fn stop(&self, replica: ReplicaId, delete: bool, claim: Option<OwnedFd>, seat: &Seat) -> Result<(), FrontendError> {
         let Some(Running { id, returned }) = self.running().remove(&replica) else {
             return Ok(());
         };
         let number = i32::try_from(id).expect("device numbers are small");
         let control = UblkCtrl::new_simple(number).map_err(|error| failed("open control", &error))?;
         control.kill_dev().map_err(|error| failed("stop the device", &error))?;
+        drop(claim);
         let host = returned.recv_timeout(DEVICE_WAIT).map_err(|_| FrontendError::Io {
             what: format!("ublk device {id}"),
             source: io::Error::new(io::ErrorKind::TimedOut, "its thread did not end; restart the agent"),
         })?;
         seat.runtime.place(host);
         if delete {
-            control.del_dev().map_err(|error| failed("delete the device", &error))?;
+            // Not the waiting kind: a late opener would hold it, and its descriptor only gives errors by now.
+            control
+                .del_dev_async()
+                .map_err(|error| failed("delete the device", &error))?;
             let path = self.record_path(replica);
             std::fs::remove_file(&path)
                 .map_err(|error| FrontendError::io(format!("remove {}", path.display()), error))?;
@@ -214,7 +207,7 @@ impl BlockFrontend for UblkFrontend {
         let id = self.start(params, leftover, seat)?;
         let (major, minor, diskseq) =
             identity(id).map_err(|error| FrontendError::io(format!("ublk device {id}"), error))?;
-        self.write_record(params.replica, id, Some(diskseq))?;
+        write_record(&self.record_path(params.replica), id, Some(diskseq))?;
         let mut device = Device {
             kind: FrontendKind::Ublk,
             replica: params.replica,
@@ -276,8 +269,7 @@ impl BlockFrontend for UblkFrontend {
         }
         rustix::fs::fsync(&claim)
             .map_err(|errno| FrontendError::io(format!("flush {}", device.node.display()), errno))?;
-        self.stop(device.replica, true, seat)?;
-        drop(claim);
+        self.stop(device.replica, true, Some(claim), seat)?;
         Ok(())
     }
 }
@@ -389,33 +381,73 @@ fn set_params(device: &mut UblkDev, params: &OpenParams) {
 /// The owner on its way to the queue thread, and the way back.
 type Served = Arc<Mutex<Option<(Box<Host>, Sender<Box<Host>>)>>>;
 
-/// Runs a device until it is stopped; on a thread of its own.
-fn run(control: &UblkCtrl, params: &OpenParams, served: &Served, ready: &Sender<Result<(), String>>) {
-    let (served, started) = (served.clone(), ready.clone());
+/// What the control thread of a device gets.
+struct Setup {
+    params: OpenParams,
+    recover: Option<u32>,
+    record: PathBuf,
+    served: Served,
+}
+
+/// Number of the device, or how far it came and what happened.
+type Started = Result<u32, (Option<u32>, String)>;
+
+/// Makes (or recovers) a device and runs it until it is stopped; on a thread of its own, since libublk's rings are
+/// thread-local.
+fn run(setup: &Setup, ready: &Sender<Started>) {
+    let make = || -> Result<UblkCtrl, FrontendError> {
+        let control = control(setup.recover)?;
+        // The device outlives this process unless it is closed on purpose.
+        control.disown();
+        if setup.recover.is_none() {
+            write_record(&setup.record, control.dev_info().dev_id, None)?;
+        }
+        Ok(control)
+    };
+    let control = match make() {
+        Ok(control) => control,
+        Err(error) => {
+            // Whoever waits may have given up.
+            let _ = ready.send(Err((None, error.to_string())));
+            return;
+        }
+    };
+    let id = control.dev_info().dev_id;
+    let (served, started) = (setup.served.clone(), ready.clone());
     let serve = move |queue: u16, device: &UblkDev| {
         let taken = served.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((host, returned)) = taken else { return };
         if let Some(host) = serve_queue(queue, device, host) {
-            // Nobody waits for it when the agent ends.
             let _ = returned.send(host);
         }
     };
-    let announce = move |control: &UblkCtrl| {
-        // The device outlives this process unless it is closed on purpose.
-        control.disown();
-        let _ = started.send(Ok(()));
+    let announce = move |_: &UblkCtrl| {
+        let _ = started.send(Ok(id));
     };
-    let result = control.run_target(
-        |device| {
-            set_params(device, params);
-            Ok(())
-        },
-        serve,
-        announce,
-    );
-    if let Err(error) = result {
-        let _ = ready.send(Err(format!("{error:?}")));
+    let describe = |device: &mut UblkDev| {
+        set_params(device, &setup.params);
+        Ok(())
+    };
+    if let Err(error) = control.run_target(describe, serve, announce) {
+        let _ = ready.send(Err((Some(id), format!("{error:?}"))));
     }
+}
+
+fn write_record(path: &Path, id: u32, diskseq: Option<u64>) -> Result<(), FrontendError> {
+    let write = || -> io::Result<()> {
+        std::fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+        let aside = path.with_extension("new");
+        std::fs::write(
+            &aside,
+            serde_json::to_vec(&Record {
+                boot_id: boot_id()?,
+                id,
+                diskseq,
+            })?,
+        )?;
+        std::fs::rename(&aside, path)
+    };
+    write().map_err(|error| FrontendError::io(format!("record {}", path.display()), error))
 }
 
 /// What the tasks of a device's thread share.

@@ -30,7 +30,7 @@ pub(super) struct Request {
 }
 
 /// See [`super::KeeperClient`] for what each means.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(super) enum Op {
     Hello,

@@ -22,8 +22,15 @@ impl<S: Store> OwnerEngine<S> {
     }
 
     fn job(&self, id: JobId, job: jobs::Job<S::File>) -> Job {
-        // Flushes and reads have somebody waiting; write-back and the preparation of segments have time.
-        let urgent = matches!(job, jobs::Job::Sync(_) | jobs::Job::Read { .. });
+        // Somebody waits for these, and for a segment that is made too late everybody does; the rest has time.
+        let urgent = matches!(
+            job,
+            jobs::Job::Sync(_)
+                | jobs::Job::Read { .. }
+                | jobs::Job::Rewrite(_)
+                | jobs::Job::SaveSlot(_)
+                | jobs::Job::Create { .. }
+        );
         let store = self.owner.store().clone();
         let run = move || Box::new((id, jobs::run_job(&store, job))) as Outcome;
         Job {

@@ -129,7 +129,7 @@ impl Shard {
     /// Until the earliest deadline of all replicas; for ever when there is none.
     fn timeout(&self) -> Option<Timespec> {
         let earliest = self.seats.values().filter_map(|seat| seat.host.next_deadline()).min()?;
-        let rest = earliest.saturating_sub(now().mono).min(Duration::from_secs(3600));
+        let rest = earliest.saturating_sub(now().mono).min(Duration::from_hours(1));
         Timespec::try_from(rest).ok()
     }
 
@@ -226,7 +226,7 @@ impl Seat {
                 Taken::Message(Message::Leave(to)) if self.source.is_none() => break After::Leaves(to),
                 // Dropping the sender is the refusal.
                 Taken::Message(Message::Leave(_)) => {
-                    warn!(replica = self.host.name, "cannot move while a device is served")
+                    warn!(replica = self.host.name, "cannot move while a device is served");
                 }
                 Taken::Message(Message::AddSource(source, told)) => self.add_source(epoll, source, told),
                 Taken::Message(Message::RemoveSource(told)) => {

@@ -13,6 +13,19 @@ use std::time::{Duration, Instant};
 /// No single step of a test takes longer, also on a loaded machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
+/// What stores the bytes of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Engine {
+    /// A file, in place: what is wrong with it is wrong in the frontend.
+    Plain,
+    /// A replica with log, overlay and write-back.
+    Replica,
+}
+
+impl Engine {
+    pub(crate) const ALL: [Engine; 2] = [Engine::Plain, Engine::Replica];
+}
+
 /// A directory, a keeper in it, and the identity of the one device that is served.
 pub(crate) struct Rig {
     pub(crate) dir: tempfile::TempDir,
@@ -126,6 +139,25 @@ impl Rig {
         if self.frontend == "loop" {
             command.arg("--keeper").arg(self.path("keeper/keeper.sock"));
         }
+        command
+    }
+
+    /// Serves the storage file, in place or as the data disk of a replica.
+    pub(crate) fn serve(&self, engine: Engine, arguments: &[&str]) -> Served {
+        Served::start(self.command(engine, arguments), self)
+    }
+
+    /// The command of [`Rig::serve`].
+    pub(crate) fn command(&self, engine: Engine, arguments: &[&str]) -> Command {
+        let mut command = self.server(arguments);
+        match engine {
+            Engine::Plain => command.arg("--defer").arg("--plain").arg(self.path("storage")),
+            Engine::Replica => command
+                .arg("--store")
+                .arg(self.path("store"))
+                .arg("--data")
+                .arg(self.path("storage")),
+        };
         command
     }
 
