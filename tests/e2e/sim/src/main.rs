@@ -37,13 +37,12 @@ fn main() -> Result<()> {
     let (from, to): (u64, u64) = (from.parse()?, to.parse()?);
     let (mut ios, mut failed) = (0, Vec::new());
     for seed in from..to {
-        match catch_unwind(|| run(config(seed))) {
-            Ok(report) => ios += report.ios,
-            Err(_) => {
-                eprintln!("seed {seed} failed: mars-sim --seed {seed} --steps {}", args.steps);
-                failed.push(seed);
-            }
-        }
+        let Ok(report) = catch_unwind(|| run(config(seed))) else {
+            eprintln!("seed {seed} failed: mars-sim --seed {seed} --steps {}", args.steps);
+            failed.push(seed);
+            continue;
+        };
+        ios += report.ios;
     }
     println!("{} seeds, {ios} I/Os, failed: {failed:?}", to - from);
     if failed.is_empty() {
