@@ -42,7 +42,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 /// How long a starting agent waits for one that still shuts down.
-const LOCK_WAIT: Duration = Duration::from_secs(60);
+const LOCK_WAIT: Duration = Duration::from_mins(1);
 /// How long engines get to save everything at the end.
 const SAVE_LIMIT: Duration = Duration::from_secs(30);
 /// Between two attempts to learn the cluster's uuid.

@@ -141,7 +141,7 @@ impl NodeReporter {
         if told != *spec {
             let problems = mars_crds::validate::node(&mars_crds::MarsNode::new(name, told.clone()));
             if problems.is_empty() {
-                self.take_spec(told.clone());
+                self.take_spec(&told);
                 *spec = told;
             } else {
                 warn!(
@@ -155,9 +155,9 @@ impl NodeReporter {
         self.node.sink.node_status(name, status).await
     }
 
-    fn take_spec(&self, spec: MarsNodeSpec) {
-        self.node.pools().configure(pool_wishes(&self.args, &spec));
-        if let Err(error) = cache_spec(&self.node.layout.node_dir(), &spec) {
+    fn take_spec(&self, spec: &MarsNodeSpec) {
+        self.node.pools().configure(pool_wishes(&self.args, spec));
+        if let Err(error) = cache_spec(&self.node.layout.node_dir(), spec) {
             warn!(%error, "pools could not be remembered: a restart without the API server would not know them");
         }
     }
@@ -214,7 +214,7 @@ impl NodeReporter {
             .or(trouble)
             .or((!absent.is_empty()).then(|| format!("pools not there: {absent}. Mount them; their replicas wait")));
         if problem.is_some() {
-            status.state = "Degraded".to_owned();
+            "Degraded".clone_into(&mut status.state);
         }
         let list = &mut status.conditions;
         let mut set = |name: &str, truth: Truth, reason: &str, message: &str| {

@@ -59,11 +59,11 @@ pub fn status(answer: &Value) -> String {
             if (kind == "Ready") == (truth == "False") && kind != "Degraded" {
                 let name = replica["resource"].as_str().unwrap_or_default();
                 let (reason, message) = (&condition["reason"], &condition["message"]);
-                text.push_str(&format!(
-                    "{name}: {}: {}\n",
+                let (reason, message) = (
                     reason.as_str().unwrap_or_default(),
-                    message.as_str().unwrap_or_default()
-                ));
+                    message.as_str().unwrap_or_default(),
+                );
+                text.extend([name, ": ", reason, ": ", message, "\n"]);
             }
         }
     }

@@ -119,7 +119,7 @@ impl ReplicaTask {
                 )
                 .await
             }
-            Step::GrowDisk(size_bytes) => grow_disk(running, *size_bytes).await,
+            Step::GrowDisk(size_bytes) => grow_disk(running, *size_bytes),
             Step::Resize(size_bytes) => {
                 command(
                     running,
@@ -252,7 +252,7 @@ pub(super) fn remember(running: &mut Running, change: impl FnOnce(&mut super::fa
     Ok(())
 }
 
-async fn grow_disk(running: &mut Running, size_bytes: u64) -> Outcome {
+fn grow_disk(running: &mut Running, size_bytes: u64) -> Outcome {
     // Allocating a file may take long, but this replica's round has nothing else to do; the data path goes on.
     let grown = tokio::task::block_in_place(|| backing::grow(&mut running.backing, size_bytes));
     grown.map_err(|error| problem("DiskTooSmall", &error))?;

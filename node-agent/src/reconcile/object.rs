@@ -280,7 +280,7 @@ mod tests {
             (todo.name.as_str(), todo.generation, todo.size_bytes),
             ("r.a", 4, 1 << 20)
         );
-        assert_eq!(todo.switches.apply_delay, Duration::from_secs(5400));
+        assert_eq!(todo.switches.apply_delay, Duration::from_mins(90));
         assert_eq!(todo.tuning.retention_bytes, 1 << 30);
         let Grant::Primary {
             designation,

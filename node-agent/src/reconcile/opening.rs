@@ -72,8 +72,8 @@ impl OpeningError {
     pub fn problem(&self) -> Problem {
         let reason = match self {
             OpeningError::Dir(SuperblockError::Missing { .. })
-            | OpeningError::Engine(OpenError::DataMissing { .. }) => "DataMissing",
-            OpeningError::Backing(BackingError::DataMissing { .. }) => "DataMissing",
+            | OpeningError::Engine(OpenError::DataMissing { .. })
+            | OpeningError::Backing(BackingError::DataMissing { .. }) => "DataMissing",
             OpeningError::Backing(BackingError::Pool(PoolError::Absent { .. })) => "PoolAbsent",
             OpeningError::Dir(SuperblockError::Layout(LayoutError::Locked { .. })) => "Locked",
             OpeningError::Backing(BackingError::InUse { .. }) => "DiskInUse",

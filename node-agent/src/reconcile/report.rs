@@ -106,7 +106,7 @@ pub fn report_problem(problem: &Problem, around: &Surroundings, previous: &MarsR
     report.observed_generation = Some(around.generation);
     report.boot_id = Some(around.boot_id.to_string());
     report.node_uuid = Some(around.node);
-    report.state = problem.reason.to_owned();
+    problem.reason.clone_into(&mut report.state);
     report.role = None;
     report.device = None;
     report.opened_by.clear();
@@ -464,8 +464,8 @@ fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, ar
         );
     }
     for name in FAULTS.into_iter().chain(["ResizePending"]) {
-        let over = !faults.iter().any(|(fault, _)| *fault == name) && !(name == "ResizePending" && pending);
-        if over && conditions::get(list, name).is_some_and(|condition| condition.status == "True") {
+        let holds = faults.iter().any(|(fault, _)| *fault == name) || (name == "ResizePending" && pending);
+        if !holds && conditions::get(list, name).is_some_and(|condition| condition.status == "True") {
             conditions::set(list, name, Truth::False, "Over", "not any more", generation, &now);
         }
     }

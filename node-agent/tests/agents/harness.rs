@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Nothing here takes longer on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 pub(crate) const SIZE: u64 = 64 << 20;
 
 /// Polls until `check` has something.
@@ -61,7 +61,7 @@ pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) dir: PathBuf,
     pub(crate) address: String,
-    pub(crate) node_uuid: Uuid,
+    pub(crate) uuid: Uuid,
     cluster: ClusterId,
     agent: RefCell<Option<Child>>,
     keeper: RefCell<Option<Child>>,
@@ -142,7 +142,7 @@ impl Cluster {
             name,
             dir,
             address,
-            node_uuid: identity.node().0,
+            uuid: identity.node().0,
             cluster: self.id,
             agent: RefCell::default(),
             keeper: RefCell::default(),
@@ -160,9 +160,9 @@ impl Cluster {
     }
 
     /// Writes what one node shall do; `order` is laid over the common part.
-    pub(crate) fn order(&self, spec: &Spec, node: &Node, order: Value) {
+    pub(crate) fn order(&self, spec: &Spec, node: &Node, order: &Value) {
         let peer = |peer: &Node| {
-            json!({"node": peer.name, "nodeUuid": peer.node_uuid, "replicaUuid": spec.replicas[&peer.name],
+            json!({"node": peer.name, "nodeUuid": peer.uuid, "replicaUuid": spec.replicas[&peer.name],
                 "address": format!("{}:7777", peer.address)})
         };
         let members = self
@@ -207,7 +207,7 @@ impl Cluster {
             };
             let mut order = json!({"designation": designation(1)});
             order.as_object_mut().unwrap().extend(role.as_object().unwrap().clone());
-            self.order(spec, node, order);
+            self.order(spec, node, &order);
         }
         self.nodes[0].wait_device(&spec.resource);
         for node in &self.nodes[1..] {

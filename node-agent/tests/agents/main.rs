@@ -1,6 +1,8 @@
 //! Two or three real agents on loopback addresses, real block devices, orders by files: the whole path from
 //! `MarsReplica.spec` to a device, without an API server.
 
+#![expect(clippy::unwrap_used, reason = "a test and its harness fail by panicking")]
+
 mod harness;
 
 use harness::{Cluster, SIZE, Spec, designation, eventually, run};
@@ -82,8 +84,8 @@ fn a50_a55_a_handover_waits_for_users_of_the_device_and_loses_nothing() {
     let at = cluster.mount(&device);
     fs::write(at.join("file"), pattern(3, 8 << 20)).unwrap();
     let close = json!({"designation": designation(2), "closeFor": {"replicaUuid": spec.replicas["b"]}});
-    cluster.order(&spec, b, json!({"designation": designation(2), "established": true}));
-    cluster.order(&spec, a, close);
+    cluster.order(&spec, b, &json!({"designation": designation(2), "established": true}));
+    cluster.order(&spec, a, &close);
     let refused = a.wait_for("moved", "a refusal", |status| status["refused"]["order"] == "Close");
     assert!(
         refused["refused"]["reason"]
@@ -103,12 +105,12 @@ fn a50_a55_a_handover_waits_for_users_of_the_device_and_loses_nothing() {
     cluster.order(
         &spec,
         b,
-        json!({"designation": designation(2), "role": "Primary", "cause": "Handover", "handoverEnd": end, "established": true}),
+        &json!({"designation": designation(2), "role": "Primary", "cause": "Handover", "handoverEnd": end, "established": true}),
     );
     let at = cluster.mount(&b.wait_device("moved"));
     assert_eq!(fs::read(at.join("file")).unwrap(), pattern(3, 8 << 20));
     cluster.umount(&at);
-    cluster.order(&spec, a, json!({"designation": designation(2), "established": true}));
+    cluster.order(&spec, a, &json!({"designation": designation(2), "established": true}));
     // A follows: the same bytes on both disks once everything is applied.
     write_synced(&b.dir.join("dev/moved"), 40 << 20, &pattern(4, 1 << 20));
     let goal = lsn(&b.status("moved").unwrap());
@@ -137,7 +139,7 @@ fn a51_a56_a_local_failover_needs_the_acknowledgement_and_the_old_primary_report
     cluster.order(
         &spec,
         b,
-        json!({"designation": designation(1), "switches": {"fetch": false}, "established": true}),
+        &json!({"designation": designation(1), "switches": {"fetch": false}, "established": true}),
     );
     b.wait_for("taken", "paused", |status| status["state"] == "PausedFetch");
     write_synced(&device, 8 << 20, &pattern(6, 1 << 20));
@@ -211,7 +213,7 @@ fn a62_a_deletion_takes_data_once_and_nothing_comes_back() {
     let delete =
         json!({"designation": designation(1), "dataPolicy": "Delete", "deletionTimestamp": "2026-01-01T00:00:00Z"});
     for node in [a, b] {
-        cluster.order(&spec, node, delete.clone());
+        cluster.order(&spec, node, &delete);
     }
     a.wait_reason("gone", "DeviceInUse");
     assert!(a.data_file(&spec).exists());
@@ -226,7 +228,7 @@ fn a62_a_deletion_takes_data_once_and_nothing_comes_back() {
     // A late word brings nothing back.
     b.kill_agent();
     fs::remove_file(b.dir.join("specs/gone.json")).unwrap();
-    cluster.order(&spec, b, json!({"designation": designation(1)}));
+    cluster.order(&spec, b, &json!({"designation": designation(1)}));
     b.start_agent();
     b.wait_reason("gone", "Deleted");
     assert!(!b.replica_dir(&spec).exists());
@@ -278,13 +280,13 @@ fn a59_a_disk_with_foreign_content_is_refused_until_it_may_be_overwritten() {
     let _detach = Detach(disk.clone());
     cluster.start();
     let order = |overwrite: bool| json!({"backing": {"device": disk}, "overwrite": overwrite, "role": "Primary", "cause": "Create", "designation": designation(1)});
-    cluster.order(&spec, a, order(false));
+    cluster.order(&spec, a, &order(false));
     let message = a.wait_reason("foreign", "ForeignSignature");
     assert!(message.contains("ext2/3/4"), "{message}");
     assert!(fs::read(&image).unwrap() == before, "a refused disk was changed");
     // In use: refused with the name of the user.
     let at = cluster.mount(std::path::Path::new(&disk));
-    cluster.order(&spec, a, order(true));
+    cluster.order(&spec, a, &order(true));
     let message = a.wait_reason("foreign", "DiskInUse");
     assert!(message.contains(at.to_str().unwrap()), "{message}");
     cluster.umount(&at);
