@@ -62,7 +62,7 @@ pub(crate) struct Node {
     pub(crate) dir: PathBuf,
     pub(crate) address: String,
     pub(crate) uuid: Uuid,
-    cluster: ClusterId,
+    pub(crate) cluster: ClusterId,
     agent: RefCell<Option<Child>>,
     keeper: RefCell<Option<Child>>,
 }
@@ -283,6 +283,11 @@ impl Node {
     }
 
     pub(crate) fn command(&self) -> Command {
+        self.command_in(self.cluster, &self.path("store"))
+    }
+
+    /// An agent of this node that was given another cluster or state directory.
+    pub(crate) fn command_in(&self, cluster: ClusterId, state_dir: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mars-node-agent"));
         let pool = format!("default={}", self.path("pool"));
         command.args([
@@ -297,7 +302,7 @@ impl Node {
         ]);
         command.args([
             "--state-dir",
-            &self.path("store"),
+            state_dir,
             "--run-dir",
             &self.path("run"),
             "--dev-dir",
@@ -308,7 +313,7 @@ impl Node {
             "--boot-id-file",
             &self.path("run/boot-id"),
             "--cluster-uuid",
-            &self.cluster.to_string(),
+            &cluster.to_string(),
         ]);
         command.args([
             "--segment-bytes",

@@ -6,6 +6,7 @@
 mod harness;
 
 use harness::{Cluster, SIZE, Spec, designation, eventually, run};
+use mars_engine::types::ClusterId;
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -315,9 +316,9 @@ fn bad_starts_are_named_and_change_nothing() {
     let message = said(&mut a.command());
     assert!(message.contains("7777") && message.contains("--port"), "{message}");
     drop(taken);
-    let message = said(a.command().args(["--cluster-uuid", &uuid::Uuid::nil().to_string()]));
+    let message = said(&mut a.command_in(ClusterId(uuid::Uuid::nil()), a.dir.join("store").to_str().unwrap()));
     assert!(message.contains("belongs to cluster"), "{message}");
-    let message = said(a.command().args(["--state-dir", "/nonexistent/mars"]));
+    let message = said(&mut a.command_in(a.cluster, "/nonexistent/mars"));
     assert!(
         message.contains("/nonexistent/mars") && message.contains("never recreated"),
         "{message}"
