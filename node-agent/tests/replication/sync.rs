@@ -123,7 +123,7 @@ async fn a31_a_copy_under_writes_ends_equal_and_is_not_consistent_before() {
     let target = &cluster.nodes[1];
     let copied = target
         .until("copied", |status| {
-            status.sync.is_none_or(|sync| sync.consistent_at.is_some())
+            status.data == DataState::Consistent || status.sync.is_some_and(|sync| sync.consistent_at.is_some())
         })
         .await;
     if let Some(sync) = copied.sync {
