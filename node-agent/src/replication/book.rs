@@ -75,9 +75,9 @@ impl PeerBook {
         self.changes.subscribe()
     }
 
-    /// A member has said this; false when something newer is known already.
-    pub(super) fn heard(&self, replica: ReplicaId, stamp: Lamport, status: PeerStatus) -> bool {
-        let newer = {
+    /// A member has said this; a sign of life in any case, a statement unless something newer is known already.
+    pub(super) fn heard(&self, replica: ReplicaId, stamp: Lamport, status: PeerStatus) {
+        {
             let mut peers = self.peers();
             let record = peers.entry(replica).or_default();
             record.last_contact = Some((Instant::now(), SystemTime::now()));
@@ -87,10 +87,8 @@ impl PeerBook {
                 record.said_at = stamp;
                 record.status = Some(status);
             }
-            newer
-        };
+        }
         self.changed();
-        newer
     }
 
     /// Whether the owner has to be told of a member's durable position; from now on it counts as told.

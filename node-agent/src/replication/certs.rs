@@ -219,9 +219,8 @@ mod tests {
         };
         let authority = Authority::generate(identity.cluster).unwrap();
         let equip = |node| {
-            authority
-                .equip(dir.path(), identity.cluster, node, NODE_VALIDITY)
-                .unwrap()
+            let equipped = authority.equip(dir.path(), identity.cluster, node, NODE_VALIDITY);
+            equipped.unwrap();
         };
         equip(identity.node);
         let source = DirectorySource::open(dir.path(), identity).unwrap();

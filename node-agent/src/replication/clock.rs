@@ -68,6 +68,6 @@ mod tests {
         assert!(second.0 > first.0 + hour_ns);
         assert!(clock.observe(Lamport(first.0 + 24 * 365 * hour_ns)).is_err());
         assert!(clock.now().0 < second.0 + hour_ns, "a refused stamp leaves no trace");
-        assert!(clock.slip() > Duration::from_secs(3000));
+        assert!(clock.slip() > Duration::from_mins(50));
     }
 }

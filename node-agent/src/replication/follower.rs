@@ -9,6 +9,7 @@ use super::fetcher::{FetchError, Fetcher};
 use super::hub::Shared;
 use super::link;
 use super::meter::{Meter, Throttle};
+use super::server::Served;
 use super::syncer::{SyncError, Syncer};
 use mars_engine::api::{Command, Fault, ReplicaStatus};
 use mars_engine::replication::fetch::{Decision, Leader, Plan, Wait, decide, find_leader};
@@ -83,7 +84,8 @@ impl Follower {
         self.status.clone()
     }
 
-    /// Ends all of it: links, sessions, serving. Nothing uses the replica's port afterwards.
+    /// Ends all of it: links, sessions, serving. Afterwards nothing orders anything of the replica; a file read that was
+    /// under way may still end on its own.
     pub async fn stop(self) {
         self.stop.cancel();
         // A driver that panicked has stopped, too.
@@ -92,12 +94,14 @@ impl Follower {
 }
 
 /// Starts to follow.
-pub(super) fn start(shared: &Arc<Shared>, entry: Arc<Entry>, stop: CancellationToken) -> Follower {
+pub(super) fn start(shared: &Arc<Shared>, entry: Arc<Entry>, served: Arc<Served>) -> Follower {
+    let stop = served.stop.clone();
     let (publish, status) = watch::channel(Arc::default());
     let (events, ended) = mpsc::channel(4);
     let driver = Driver {
         shared: shared.clone(),
         entry,
+        served,
         stop: stop.clone(),
         sessions: TaskTracker::new(),
         publish,
@@ -161,6 +165,7 @@ struct SyncRun {
 struct Driver {
     shared: Arc<Shared>,
     entry: Arc<Entry>,
+    served: Arc<Served>,
     stop: CancellationToken,
     sessions: TaskTracker,
     publish: watch::Sender<Arc<ReplicationStatus>>,
@@ -188,6 +193,8 @@ impl Driver {
         let (mut status, mut membership) = (self.entry.port.status(), self.entry.membership.clone());
         let mut book = self.entry.book.changes();
         let stop = self.stop.clone();
+        let report = link::report(self.entry.clone());
+        self.sessions.spawn(stop.clone().run_until_cancelled_owned(report));
         while !stop.is_cancelled() {
             status.mark_unchanged();
             book.mark_unchanged();
@@ -208,7 +215,6 @@ impl Driver {
                 () = tokio::time::sleep(DECISION_PAUSE) => {}
             }
         }
-        self.shared.withdraw(self.entry.resource);
         self.stop.cancel();
         for (_, link) in self.links.values() {
             link.cancel();
@@ -216,6 +222,9 @@ impl Driver {
         ended.close();
         self.sessions.close();
         self.sessions.wait().await;
+        self.served.end().await;
+        // Last: until here nobody else may take part for this resource.
+        self.shared.withdraw(self.entry.resource);
     }
 
     /// One link per member whose address is known.

@@ -181,22 +181,17 @@ impl Hub {
             config.liveness,
         ));
         let stop = CancellationToken::new();
-        let served = Arc::new(server::Served::new(
-            entry.clone(),
-            stop.clone(),
-            self.shared.tasks.clone(),
-        ));
+        let served = Arc::new(server::Served::new(entry.clone(), stop));
         {
             let mut all = self.shared.served.write().unwrap_or_else(PoisonError::into_inner);
             if let Some(present) = all.get(&resource) {
-                return Err(JoinedTwice {
-                    resource,
-                    replica: present.entry.replica,
-                });
+                let replica = present.entry.replica;
+                served.stop.cancel();
+                return Err(JoinedTwice { resource, replica });
             }
-            all.insert(resource, served);
+            all.insert(resource, served.clone());
         }
-        Ok(follower::start(&self.shared, entry, stop))
+        Ok(follower::start(&self.shared, entry, served))
     }
 
     /// The clock that stamps messages.

@@ -74,22 +74,47 @@ pub(super) async fn send_statuses<T>(
     }
 }
 
-/// Takes what a member says about itself: into the book, and its durable position to the owner.
-pub(super) async fn take_status(entry: &Entry, from: ReplicaId, message: &pb::StatusMessage) -> Result<(), LinkError> {
+/// Takes what a member says about itself into the book.
+pub(super) fn take_status(entry: &Entry, from: ReplicaId, message: &pb::StatusMessage) -> Result<(), LinkError> {
     let header = wire::header(message.header.as_ref())?;
     if header.from != from {
         return Err(Malformed("sender changed within an exchange").into());
     }
-    let status = wire::status_in(message)?;
-    let durable = status.durable;
-    if entry.book.heard(from, header.lamport, status) && entry.book.report_is_news(from, durable, entry.own_epoch()) {
-        // A refusal here is about our own state (not a member of the owner's list yet): the next report comes anyway.
-        if let Err(refusal) = entry.port.command(Command::PeerReport { peer: from, durable }).await {
-            tracing::debug!(resource = %entry.resource, peer = %from, %refusal, "a member's report was not taken");
-            entry.book.forget_report(from);
+    entry.book.heard(from, header.lamport, wire::status_in(message)?);
+    Ok(())
+}
+
+/// Tells the owner what members have durably, for log retention; apart from the links, so that a busy owner never makes a member look
+/// unreachable. Runs until dropped.
+pub(super) async fn report(entry: Arc<Entry>) {
+    let mut changes = entry.book.changes();
+    loop {
+        changes.mark_unchanged();
+        for peer in &entry.now_known().peers {
+            let Some(status) = entry.book.member(peer.replica, entry.liveness).status else {
+                continue;
+            };
+            let durable = status.durable;
+            if !entry.book.report_is_news(peer.replica, durable, entry.own_epoch()) {
+                continue;
+            }
+            // A refusal is about our own state; the next heartbeat brings the next attempt.
+            if let Err(refusal) = entry
+                .port
+                .command(Command::PeerReport {
+                    peer: peer.replica,
+                    durable,
+                })
+                .await
+            {
+                tracing::debug!(resource = %entry.resource, peer = %peer.replica, %refusal, "a member's report was not taken");
+                entry.book.forget_report(peer.replica);
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
         }
     }
-    Ok(())
 }
 
 /// Keeps an exchange with one member going until `stop`.
@@ -143,7 +168,7 @@ async fn exchange(shared: &Shared, entry: &Arc<Entry>, peer: &PeerAddress) -> Re
             let header = wire::header(message.header.as_ref())?;
             let identity = connection.identity;
             entry.check(&header, identity).map_err(LinkError::RefusedHere)?;
-            take_status(entry, peer.replica, &message).await?;
+            take_status(entry, peer.replica, &message)?;
         }
     };
     tokio::select! {

@@ -37,7 +37,8 @@ pub(super) struct Served {
 }
 
 impl Served {
-    pub(super) fn new(entry: Arc<Entry>, stop: CancellationToken, tasks: TaskTracker) -> Self {
+    pub(super) fn new(entry: Arc<Entry>, stop: CancellationToken) -> Self {
+        let tasks = TaskTracker::new();
         let sessions = Arc::new(Sessions::new(entry.clone()));
         tasks.spawn(stop.clone().run_until_cancelled_owned(sessions.clone().watch()));
         Self {
@@ -47,6 +48,13 @@ impl Served {
             lanes: Lanes::default(),
             sessions,
         }
+    }
+
+    /// Ends everything that is being served and waits for it.
+    pub(super) async fn end(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 }
 
@@ -348,7 +356,7 @@ async fn listen(
     mut incoming: Streaming<pb::StatusMessage>,
     liveness: Duration,
 ) -> Result<(), link::LinkError> {
-    link::take_status(entry, header.from, &first).await?;
+    link::take_status(entry, header.from, &first)?;
     loop {
         let next = tokio::time::timeout(liveness, incoming.message()).await;
         let Some(message) = next.map_err(|_| link::LinkError::Silent(liveness))?.map_err(Box::new)? else {
@@ -356,6 +364,6 @@ async fn listen(
         };
         let header = wire::header(message.header.as_ref())?;
         entry.check(&header, peer).map_err(link::LinkError::RefusedHere)?;
-        link::take_status(entry, header.from, &message).await?;
+        link::take_status(entry, header.from, &message)?;
     }
 }

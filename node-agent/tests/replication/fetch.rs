@@ -30,13 +30,10 @@ async fn followed(count: usize, shape: Shape) -> Cluster {
 }
 
 async fn write_some(cluster: &Cluster, from: u64, count: u64) {
-    let chunk = 64 << 10;
+    const CHUNK: usize = 64 << 10;
     for index in from..from + count {
-        let offset = index * chunk % cluster.size_bytes;
-        cluster.nodes[0]
-            .machine
-            .write(offset, payload(index, chunk as usize))
-            .await;
+        let offset = index * CHUNK as u64 % cluster.size_bytes;
+        cluster.nodes[0].machine.write(offset, payload(index, CHUNK)).await;
     }
     cluster.nodes[0].machine.flush().await;
 }

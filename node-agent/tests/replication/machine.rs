@@ -96,7 +96,7 @@ impl Machine {
     async fn io(&self, message: impl FnOnce(oneshot::Sender<IoResult>) -> Message) -> IoResult {
         let (to, answer) = oneshot::channel();
         self.to.send(message(to)).expect("the replica runs");
-        tokio::time::timeout(Duration::from_secs(60), answer)
+        tokio::time::timeout(Duration::from_mins(1), answer)
             .await
             .expect("a request ends")
             .expect("the replica runs")

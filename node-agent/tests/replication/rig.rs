@@ -250,8 +250,8 @@ impl Node {
         let mut status = mars_node_agent::replication::ReplicaPort::status(&self.machine);
         match tokio::time::timeout(LIMIT, status.wait_for(|status| wanted(status))).await {
             Ok(status) => status.expect("the replica runs").clone(),
-            Err(_) => panic!(
-                "node {} never got there: {what}\n{:#?}\n{:#?}",
+            Err(elapsed) => panic!(
+                "node {} never got there ({elapsed}): {what}\n{:#?}\n{:#?}",
                 self.index,
                 self.machine.now(),
                 self.replication()
@@ -268,14 +268,13 @@ impl Node {
             if ours.durable == end && ours.applied == end {
                 return;
             }
-            if Instant::now() > deadline {
-                panic!(
-                    "node {} has not what node {} has:\n{ours:#?}\n{:#?}",
-                    self.index,
-                    other.index,
-                    self.replication()
-                );
-            }
+            assert!(
+                Instant::now() < deadline,
+                "node {} has not what node {} has:\n{ours:#?}\n{:#?}",
+                self.index,
+                other.index,
+                self.replication()
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -7,7 +7,8 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-const SIZE: u64 = 256 << 20;
+const SIZE_BYTES: usize = 256 << 20;
+const SIZE: u64 = SIZE_BYTES as u64;
 
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
@@ -48,7 +49,7 @@ async fn until_equal(target: &Node, source: &Node) {
 async fn a32_a_copy_of_equal_disks_moves_less_than_half_a_percent() {
     let cluster = Cluster::new(2, shape()).await;
     for node in &cluster.nodes {
-        fill(node, |disk| disk.write_all_at(&noise(1, SIZE as usize), 0).unwrap());
+        fill(node, |disk| disk.write_all_at(&noise(1, SIZE_BYTES), 0).unwrap());
     }
     cluster.promote(0, 1, Cause::Create).await;
     until_equal(&cluster.nodes[1], &cluster.nodes[0]).await;
@@ -64,7 +65,7 @@ async fn a32_a_copy_of_equal_disks_moves_less_than_half_a_percent() {
 async fn a32_a_copy_of_nearly_equal_disks_moves_about_the_difference() {
     let cluster = Cluster::new(2, shape()).await;
     for node in &cluster.nodes {
-        fill(node, |disk| disk.write_all_at(&noise(1, SIZE as usize), 0).unwrap());
+        fill(node, |disk| disk.write_all_at(&noise(1, SIZE_BYTES), 0).unwrap());
     }
     let changed = 500u64;
     fill(&cluster.nodes[1], |disk| {
@@ -81,10 +82,10 @@ async fn a32_a_copy_of_nearly_equal_disks_moves_about_the_difference() {
 async fn a32_a_copy_of_a_sparse_disk_moves_almost_nothing_and_clears_old_content() {
     let cluster = Cluster::new(2, shape()).await;
     fill(&cluster.nodes[0], |disk| {
-        disk.write_all_at(&noise(2, 100_000), 50 << 20).unwrap()
+        disk.write_all_at(&noise(2, 100_000), 50 << 20).unwrap();
     });
     fill(&cluster.nodes[1], |disk| {
-        disk.write_all_at(&noise(3, 5 << 20), 7 << 20).unwrap()
+        disk.write_all_at(&noise(3, 5 << 20), 7 << 20).unwrap();
     });
     cluster.promote(0, 1, Cause::Create).await;
     until_equal(&cluster.nodes[1], &cluster.nodes[0]).await;
@@ -116,7 +117,7 @@ fn load(node: &Node) -> (tokio::task::JoinHandle<u64>, tokio::sync::oneshot::Sen
 async fn a31_a_copy_under_writes_ends_equal_and_is_not_consistent_before() {
     let cluster = Cluster::new(2, shape()).await;
     fill(&cluster.nodes[0], |disk| {
-        disk.write_all_at(&noise(1, SIZE as usize), 0).unwrap()
+        disk.write_all_at(&noise(1, SIZE_BYTES), 0).unwrap();
     });
     cluster.promote(0, 1, Cause::Create).await;
     let (writer, stop) = load(&cluster.nodes[0]);

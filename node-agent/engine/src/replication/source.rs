@@ -51,16 +51,16 @@ impl<R: LogReader + ?Sized> LogReader for Box<R> {
 ///
 /// # Errors
 /// [`Refused`] when the caller's history is not a prefix of this one, or begins before what is kept.
-pub fn admit(view: &LogView, open: &FetchOpen) -> Result<(), Refused> {
+pub fn admit(view: &LogView, lineage: &Lineage, from: Position) -> Result<(), Refused> {
     let log_start = view
         .segments
         .first()
         .map_or(view.durable.lsn, |segment| segment.start.lsn);
-    match relate((&view.lineage, view.durable), (&open.lineage, open.from)) {
+    match relate((&view.lineage, view.durable), (lineage, from)) {
         Relation::Same | Relation::Ahead { .. } => {}
         Relation::Behind { .. } => {
             return Err(Refused::Behind {
-                at: open.from.lsn,
+                at: from.lsn,
                 durable: view.durable.lsn,
             });
         }
@@ -74,14 +74,14 @@ pub fn admit(view: &LogView, open: &FetchOpen) -> Result<(), Refused> {
         }
         Relation::Differs { at } => {
             return Err(Refused::Unprovable {
-                at: open.from,
+                at: from,
                 have: format!("{at} with another chain"),
             });
         }
     }
-    if open.from.lsn < log_start {
+    if from.lsn < log_start {
         return Err(Refused::TooOld {
-            at: open.from.lsn,
+            at: from.lsn,
             log_start,
         });
     }
@@ -105,7 +105,7 @@ impl<R: LogReader> SourceStream<R> {
     /// # Errors
     /// [`Refused`], with the reason for the caller.
     pub fn open(mut reader: R, view: &LogView, open: FetchOpen) -> Result<(Self, FetchItem), Refused> {
-        admit(view, &open)?;
+        admit(view, &open.lineage, open.from)?;
         reader.prove(view, open.from)?;
         let stream = Self {
             reader,
@@ -140,13 +140,7 @@ impl<R: LogReader> SourceStream<R> {
         if self.finished() {
             return Ok(None);
         }
-        let here = FetchOpen {
-            from: self.at,
-            lineage: self.lineage.clone(),
-            until: None,
-            compression: crate::api::Compression::None,
-        };
-        admit(view, &here)?;
+        admit(view, &self.lineage, self.at)?;
         if let Some(next) = next_epoch(&view.lineage, self.at) {
             self.at = Position {
                 epoch: next.id,
