@@ -155,6 +155,8 @@ pub struct Report {
     pub durable: Option<HistoryPosition>,
     /// Its history, oldest epoch first.
     pub lineage: Vec<Epoch>,
+    /// Size of its device, as of the applied position (bytes).
+    pub size_bytes: Option<i64>,
     /// Lag it reports itself (bytes).
     pub lag_bytes: Option<i64>,
     /// Whether it has data that nothing may be put in place of.
@@ -267,6 +269,7 @@ fn from_object(world: &World, replica: &MarsReplica) -> Report {
         forks: status.forks,
         durable: status.positions.map(|positions| positions.durable),
         lineage: status.lineage,
+        size_bytes: status.size_bytes,
         lag_bytes: status.lag.map(|lag| lag.bytes),
         has_history: has_history || spec.established,
     }
@@ -289,6 +292,7 @@ fn from_inventory(world: &World, node: &str, found: &FoundReplica) -> Report {
         forks: Vec::new(),
         durable: None,
         lineage: Vec::new(),
+        size_bytes: found.size_bytes,
         lag_bytes: None,
         has_history: !blank,
     }

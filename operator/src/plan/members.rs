@@ -163,6 +163,20 @@ fn join(context: &Context<'_>, draft: &mut Draft, member: &ReplicaMember, new_id
         .iter()
         .filter(|report| report.node == member.node && world.replica(report.replica_uuid).is_none())
         .max_by_key(|report| report.designation.map_or(0, |designation| designation.number));
+    if let Some(larger) = found
+        .and_then(|report| report.size_bytes)
+        .filter(|found| *found > size_bytes)
+    {
+        draft.degrade(
+            Reason::InvalidSpec,
+            format!(
+                "the data found on {} is {larger} bytes large and never shrinks: set spec.size to that, or remove the \
+                 data there",
+                member.node
+            ),
+        );
+        return;
+    }
     let mut spec = MarsReplicaSpec {
         resource: world.name().to_owned(),
         node: member.node.clone(),

@@ -217,11 +217,7 @@ fn state(context: &Context<'_>, draft: &Draft, status: &MarsResourceStatus) -> &
         } else {
             "Creating"
         }
-    } else if draft
-        .switching
-        .as_ref()
-        .is_some_and(|note| matches!(note.reason, Reason::Closing | Reason::Promoting))
-    {
+    } else if draft.switching.as_ref().is_some_and(|note| is_under_way(note.reason)) {
         "Switching"
     } else if !primary {
         "NoPrimary"
@@ -330,7 +326,7 @@ fn set_conditions(
         };
         let known = before.is_some();
         if before.as_deref() != Some(truth.as_str()) && (known || truth == bad) && type_ != conditions::SWITCHING {
-            let severity = if truth == bad && known {
+            let severity = if truth == bad && known && reason != "Switching" {
                 Severity::Warning
             } else {
                 Severity::Normal
@@ -373,17 +369,27 @@ fn ready(context: &Context<'_>, draft: &Draft) -> Verdict {
             } else {
                 format!("{node}: {why}")
             };
-            verdict(conditions::READY, false, "NoPrimary", message)
+            let moving = draft.switching.as_ref().is_some_and(|note| is_under_way(note.reason));
+            verdict(
+                conditions::READY,
+                false,
+                if moving { "Switching" } else { "NoPrimary" },
+                message,
+            )
         }
     }
+}
+
+/// Whether the role is on its way, as opposed to being held up.
+fn is_under_way(reason: Reason) -> bool {
+    matches!(reason, Reason::Closing | Reason::Promoting)
 }
 
 fn switching(draft: &Draft) -> Verdict {
     match &draft.switching {
         None => verdict(conditions::SWITCHING, false, "Settled", ""),
         Some(Note { reason, message }) => {
-            let moving = matches!(reason, Reason::Closing | Reason::Promoting);
-            verdict(conditions::SWITCHING, moving, &reason.word(), message)
+            verdict(conditions::SWITCHING, is_under_way(*reason), &reason.word(), message)
         }
     }
 }
