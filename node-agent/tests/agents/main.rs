@@ -226,6 +226,11 @@ fn a62_a_deletion_takes_data_once_and_nothing_comes_back() {
     eventually("B's data to go", || {
         (!b.data_file(&spec).exists() && !b.replica_dir(&spec).exists()).then_some(())
     });
+    let cached = b
+        .dir
+        .join("store/node/specs")
+        .join(format!("{}.json", spec.replicas["b"]));
+    eventually("B's spec to be forgotten", || (!cached.exists()).then_some(()));
     // A late word brings nothing back.
     b.kill_agent();
     fs::remove_file(b.dir.join("specs/gone.json")).unwrap();
