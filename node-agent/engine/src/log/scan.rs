@@ -229,7 +229,14 @@ impl<F: StoreFile> Walk<F> {
         if below == 0 && first.header.start_lsn > params.from.lsn {
             return Err(inventory.missing(params));
         }
-        let index = inventory.forget_strangers_before(below.saturating_sub(1))?;
+        // A segment that begins exactly at the start position needs no predecessor; one that is there may be the left-over of a
+        // removal of which only part survived a power loss.
+        let begins_here = |found: &Found<F>| found.header.start_lsn == params.from.lsn;
+        let index = if inventory.segments.get(below).is_some_and(begins_here) {
+            inventory.forget_strangers_before(below)?.saturating_sub(1)
+        } else {
+            inventory.forget_strangers_before(below.saturating_sub(1))?
+        };
         let cursor = inventory.segments[index].cursor()?;
         Ok(Self {
             params: *params,

@@ -190,6 +190,12 @@ fn a_log_that_ends_below_the_dirty_end_makes_the_data_inconsistent_until_it_is_t
     b.kill();
     b.open().unwrap();
     assert_eq!(b.owner().status().data, DataState::LogLost);
+    b.settle();
+    assert_eq!(
+        b.owner().status().data,
+        DataState::LogLost,
+        "what is left of the log does not lead that far"
+    );
     catch_up(&mut a, &mut b);
     b.settle();
     assert_eq!(
@@ -542,4 +548,35 @@ fn tuning_that_no_engine_can_work_with_is_refused() {
             Some(Err(Refusal::Invalid(_)))
         ));
     }
+}
+
+#[test]
+fn a_removal_of_segments_of_which_only_part_survived_is_no_gap() {
+    let mut rig = primary(18);
+    ok(rig.command(Command::SetMembers(vec![ReplicaId(Uuid::from_u128(50))])));
+    let mut load = Load::new(DEVICE);
+    for _ in 0..2 {
+        load.write(&mut rig, true);
+        rig.settle();
+        load.collect(&mut rig);
+        ok(rig.command(Command::Rotate));
+    }
+    rig.settle();
+    let status = rig.owner().status();
+    let segments = rig.owner().log_view().segments.clone();
+    assert_eq!((segments.len(), segments[2].start.lsn), (3, status.applied.lsn));
+    rig.kill();
+    // The first two were being removed; the power failed when only the second removal had reached the disk.
+    rig.store.remove(&FileId::Segment(segments[1].name)).unwrap();
+    rig.store.sync_dir().unwrap();
+    rig.open().unwrap();
+    assert_eq!(rig.owner().status().data, DataState::Consistent);
+    come_back(&mut rig).unwrap();
+    load.judge(&rig.content(), Crash::Process);
+    rig.settle();
+    let left = rig.store.list().unwrap();
+    assert!(
+        !left.contains(&FileId::Segment(segments[0].name)),
+        "what is left of the removal goes: {left:?}"
+    );
 }
