@@ -20,7 +20,7 @@ use mars_engine::types::{ByteRange, ReplicaId, SECTOR_BYTES};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -455,7 +455,9 @@ struct Thread {
     host: RefCell<Box<Host>>,
     waiting: RefCell<HashMap<u64, oneshot::Sender<IoResult>>>,
     /// Requests are not handed to the owner any more: it is being shut down for the next life of the agent.
-    holding: std::cell::Cell<bool>,
+    holding: Cell<bool>,
+    /// What the owner said when it failed an assertion: it must not be used any more.
+    failed: RefCell<Option<String>>,
 }
 
 /// Serves the queue until the device is stopped and returns the owner. Never returns when the owner has stopped while the
@@ -468,11 +470,11 @@ fn serve_queue(queue: u16, device: &UblkDev, host: Box<Host>) -> Option<Box<Host
             return Some(host);
         }
     };
-    let holding = std::cell::Cell::new(false);
     let thread = Rc::new(Thread {
         host: RefCell::new(host),
         waiting: RefCell::default(),
-        holding,
+        holding: Cell::new(false),
+        failed: RefCell::new(None),
     });
     let executor = Rc::new(smol::LocalExecutor::new());
     let depth = device.dev_info.queue_depth;
@@ -526,6 +528,9 @@ impl Thread {
             while executor.try_tick() {
                 ran = true;
             }
+            if let Some(message) = self.failed.take() {
+                panic!("{message}");
+            }
             self.drive();
             if !ran {
                 return;
@@ -578,16 +583,23 @@ impl Thread {
         if self.holding.get() {
             std::future::pending::<()>().await;
         }
-        let len = u64::from(request.nr_sectors) * SECTOR_BYTES;
-        let range = ByteRange {
-            offset: request.start_sector * SECTOR_BYTES,
-            len,
+        let operation = request.op_flags & 0xff;
+        // A flush comes with a start sector that means nothing.
+        let start = if operation == sys::UBLK_IO_OP_FLUSH {
+            0
+        } else {
+            request.start_sector
         };
+        let len = u64::from(request.nr_sectors) * SECTOR_BYTES;
+        let Some(offset) = start.checked_mul(SECTOR_BYTES) else {
+            return -libc::EINVAL;
+        };
+        let range = ByteRange { offset, len };
         let Ok(bytes) = usize::try_from(len) else {
             return -libc::EINVAL;
         };
         let fua = request.op_flags & sys::UBLK_IO_F_FUA != 0;
-        let io = match request.op_flags & 0xff {
+        let io = match operation {
             sys::UBLK_IO_OP_READ => Io::Read { range },
             sys::UBLK_IO_OP_WRITE => match buffer.get(..bytes) {
                 Some(data) => Io::Write {
@@ -602,7 +614,15 @@ impl Thread {
             sys::UBLK_IO_OP_WRITE_ZEROES => Io::WriteZeroes { range, fua },
             _ => return -libc::EOPNOTSUPP,
         };
-        let (tag, submitted) = self.host.borrow_mut().submit(io);
+        // A panic in a task would end that task alone.
+        let submitted = catch_unwind(AssertUnwindSafe(|| self.host.borrow_mut().submit(io)));
+        let (tag, submitted) = match submitted {
+            Ok(submitted) => submitted,
+            Err(panic) => {
+                self.failed.replace(Some(panic_message(panic.as_ref())));
+                std::future::pending().await
+            }
+        };
         let result = match submitted {
             Submitted::Now(result) => result,
             Submitted::Later => {

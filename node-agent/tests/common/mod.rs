@@ -49,7 +49,23 @@ impl Rig {
         Self::empty("ublk", &["/dev/ublk-control"])
     }
 
+    /// A rig for `loop` whose files are on a disk: those in memory would count as memory of the agent.
+    pub(crate) fn on_disk() -> Self {
+        let mut rig = Self::empty_in(Path::new("/var/tmp"), "loop", &["/dev/fuse", "/dev/loop-control"]);
+        rig.start_keeper();
+        rig
+    }
+
     fn empty(frontend: &'static str, nodes: &[&str]) -> Self {
+        let memory = Path::new("/dev/shm");
+        Self::empty_in(
+            if memory.is_dir() { memory } else { Path::new("/tmp") },
+            frontend,
+            nodes,
+        )
+    }
+
+    fn empty_in(base: &Path, frontend: &'static str, nodes: &[&str]) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
             "this test makes block devices: run it as root"
@@ -60,11 +76,6 @@ impl Rig {
                 "this test needs {node}: its kernel module is missing"
             );
         }
-        let base = if Path::new("/dev/shm").is_dir() {
-            "/dev/shm"
-        } else {
-            "/tmp"
-        };
         let dir = tempfile::Builder::new()
             .prefix("mars-test-")
             .tempdir_in(base)
@@ -205,6 +216,15 @@ impl Drop for Rig {
                 .status();
         }
     }
+}
+
+/// Gives a command the pipes and the log of [`Rig::command`].
+pub(crate) fn piped(mut command: Command, rig: &Rig) -> Command {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(rig.log("server.log"));
+    command
 }
 
 /// Numbers of the loop devices over the volume file of a replica, from sysfs.
