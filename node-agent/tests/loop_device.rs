@@ -1,5 +1,6 @@
 //! The `loop` frontend and the keeper on real kernel devices. What must hold for users of the device is tried over a plain file
 //! (then a fault is one of the frontend) and over a replica with its log.
+#![allow(clippy::unwrap_used, reason = "in a test a failed step is a failed test")]
 
 mod common;
 

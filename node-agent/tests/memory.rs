@@ -2,6 +2,7 @@
 //!
 //! Writing out dirty pages needs the agent; the agent needs memory to do it. Natively the writer has a memory cgroup of its own,
 //! as in a cluster. In the virtual machine, where PR_SET_IO_FLUSHER is granted, it shares that of the agent.
+#![allow(clippy::unwrap_used, reason = "in a test a failed step is a failed test")]
 
 mod common;
 

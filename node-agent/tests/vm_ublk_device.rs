@@ -1,5 +1,6 @@
 //! The `ublk` frontend on a kernel that has `ublk_drv`, over an engine without a log: what is wrong here is wrong in the
 //! frontend. Ignored elsewhere; the tier `vm` runs these in a virtual machine.
+#![allow(clippy::unwrap_used, reason = "in a test a failed step is a failed test")]
 
 mod common;
 
