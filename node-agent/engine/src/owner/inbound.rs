@@ -60,7 +60,13 @@ impl Inbound {
 
 impl<S: Store> Owner<S> {
     pub(super) fn accept_log(&mut self, id: CommandId, chunk: LogChunk) {
-        if let Err(refusal) = self.may_accept(chunk.start()) {
+        let latest = chunk
+            .records()
+            .iter()
+            .map(|record| record.header.lamport)
+            .max()
+            .unwrap_or_default();
+        if let Err(refusal) = self.may_accept(chunk.start(), latest) {
             return self.refuse(id, refusal);
         }
         let end = chunk.end();
@@ -73,14 +79,14 @@ impl<S: Store> Owner<S> {
     }
 
     pub(super) fn accept_epoch(&mut self, id: CommandId, entry: EpochEntry) {
-        if let Err(refusal) = self.may_accept(entry.parent) {
+        if let Err(refusal) = self.may_accept(entry.parent, entry.lamport) {
             return self.refuse(id, refusal);
         }
         self.inbound.waiting.push_back(Item::Epoch { id, entry });
         self.moved = true;
     }
 
-    fn may_accept(&self, offered: Position) -> Result<(), Refusal> {
+    fn may_accept(&mut self, offered: Position, latest: Lamport) -> Result<(), Refusal> {
         if self.role != Role::Secondary {
             return Err(Refusal::WrongRole {
                 role: self.role,
@@ -102,7 +108,10 @@ impl<S: Store> Owner<S> {
                 "too many chunks wait for the log: send the next one after a reply".into(),
             ));
         }
-        Ok(())
+        // Everything stamped here from now on comes after what is taken; a stamp that is too far ahead is refused.
+        self.clock
+            .see(latest, self.now.wall_ns)
+            .map_err(|error| Refusal::Invalid(error.to_string()))
     }
 
     /// Nothing that waits will be appended any more: the log is thrown away, or the role changes.
@@ -138,7 +147,6 @@ impl<S: Store> Owner<S> {
         match item {
             Item::Epoch { entry, .. } => {
                 self.begin_epoch(entry.clone())?;
-                self.see(entry.lamport);
                 let entry = entry.clone();
                 self.save(|saved| saved.lineage.push(entry));
                 self.saved.released = None;
@@ -147,7 +155,6 @@ impl<S: Store> Owner<S> {
             Item::Chunk { records, end, .. } => {
                 while let Some(record) = records.front() {
                     let appended = self.log.append_record(record.clone())?;
-                    self.see(record.header.lamport);
                     if let Some(record) = records.pop_front() {
                         self.accepted(record, appended.end);
                     }
@@ -157,13 +164,6 @@ impl<S: Store> Owner<S> {
         }
         self.changed = true;
         Ok(())
-    }
-
-    /// The clock takes note of a stamp from elsewhere. One that is too far ahead was refused where it came in.
-    fn see(&mut self, stamp: Lamport) {
-        if let Err(error) = self.clock.see(stamp, self.now.wall_ns) {
-            tracing::warn!(replica = %self.replica, %error, "a record carries an impossible time");
-        }
     }
 
     /// Starts an epoch in the log; `Ok` also when its first segment failed after it had begun: the repair includes it.

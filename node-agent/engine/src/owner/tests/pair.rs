@@ -603,3 +603,33 @@ fn log_that_does_not_continue_is_refused() {
         "{refused:?}"
     );
 }
+
+#[test]
+fn a60_log_from_a_clock_more_than_thirty_days_ahead_is_refused_and_the_clock_stays() {
+    let (mut a, mut b, mut load) = pair(19);
+    a.advance(Duration::from_hours(24 * 31));
+    load.write(&mut a, true);
+    flush(&mut a);
+    let view = a.owner().log_view().clone();
+    let from = b.owner().status().appended;
+    let mut reader = LogReader::open(a.store.clone(), &view, from).unwrap();
+    let Next::Records(chunk) = reader.next(&view, Lsn(u64::MAX), 1 << 20).unwrap() else {
+        panic!("there is a record")
+    };
+    let refused = b.command(Command::AcceptLog(chunk.clone()));
+    assert!(
+        matches!(&refused, Some(Err(Refusal::Invalid(why))) if why.contains("30 days")),
+        "{refused:?}"
+    );
+    // Set right, it is taken; and what happens here afterwards is stamped later, although this wall clock is behind.
+    b.advance(Duration::from_hours(24 * 5));
+    ok(b.command(Command::AcceptLog(chunk.clone())));
+    b.settle();
+    ok(b.command(Command::Promote {
+        designation: designation(2),
+        cause: Cause::Failover,
+    }));
+    b.settle();
+    let began = b.owner().status().lineage.0.last().unwrap().lamport;
+    assert!(began > chunk.records()[0].header.lamport);
+}
