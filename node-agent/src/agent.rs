@@ -27,7 +27,7 @@ use crate::reconcile::object::TuningDefaults;
 use crate::reconcile::sink::{Sink, SinkError};
 use crate::reconcile::source;
 use crate::reconcile::supervisor::Supervisor;
-use crate::shard::{Runtime, RuntimeConfig};
+use crate::shard::{ReplicaHandle, Runtime, RuntimeConfig};
 use mars_engine::types::ClusterId;
 use std::io;
 use std::path::PathBuf;
@@ -375,6 +375,11 @@ fn devices(args: &RunArgs, layout: &Layout) -> Result<Runtime, AgentError> {
         keeper_socket: Some(args.keeper_socket()),
         ublk_state_dir: Some(args.run_dir.join("ublk")),
     }));
+    // Links of a former life may lead to devices that belong to somebody else by now; those of devices that live on are made
+    // again when they are taken over.
+    for link in ReplicaHandle::remove_stale_links(&frontends, &[])? {
+        info!(link = %link.display(), "removed a link of a former life");
+    }
     Runtime::start(&RuntimeConfig::default(), frontends).map_err(system("cannot start the threads of engines"))
 }
 

@@ -30,7 +30,7 @@ fn invalid_manifests_are_refused_with_the_reason_and_change_nothing() {
         let cases: [(Spoil, &str); 7] = [
             (|m| m["spec"]["size"] = json!("65Mi1"), "size"),
             (|m| m["spec"]["size"] = json!("70001"), "4096"),
-            (|m| m["spec"]["primary"] = json!("z"), "primary must be one of replicas"),
+            (|m| m["spec"]["primary"] = json!("z"), "must be one of replicas"),
             (
                 |m| m["spec"]["replicas"][0]["device"] = json!("/dev/x"),
                 "exactly one of device and pool",
@@ -165,7 +165,7 @@ fn a59_a_missing_pool_directory_or_data_file_is_named_and_never_recreated() {
 
 /// Log segments of the one replica of a resource on a node, by number.
 fn segments(cluster: &Cluster, volume: &Volume<'_>, node: &str) -> Result<Vec<PathBuf>> {
-    let mut found: Vec<PathBuf> = std::fs::read_dir(replica_dir(cluster, volume, node)?)?
+    let mut found: Vec<PathBuf> = std::fs::read_dir(replica_dir(cluster, volume, node)?.join("log"))?
         .flatten()
         .map(|entry| entry.path())
         .filter(|path| {

@@ -90,6 +90,7 @@ fn the_device_of_a_node_is_backed_by_the_data_of_that_node() {
         }
         // Bytes that node a never hears of: written through b's device while a is away.
         cluster.node("a").poweroff()?;
+        mars_e2e::machine::run("blkdiscard", &[&device.to_string_lossy()])?;
         let mut ledger = mars_e2e::ledger::Ledger::new(1024);
         ledger.write(&mars_e2e::ledger::open_direct(&device)?, 3000)?;
         mars_e2e::ledger::open_direct(&device)?.sync_all()?;

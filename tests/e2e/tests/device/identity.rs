@@ -186,11 +186,6 @@ fn a62_a_deleted_resource_stays_deleted_and_a_node_that_slept_through_it_cleans_
     scenario(Options::default(), |cluster| {
         let volume = Volume::create(cluster, "gone", "64Mi", "a", &["a", "b", "c"])?;
         cluster.patch_resource("gone", &json!({ "dataPolicy": "Delete" }))?;
-        for node in ["a", "b", "c"] {
-            cluster.wait(&format!("gone.{node}"), "knows the policy", |replica: &MarsReplica| {
-                replica.spec.data_policy == mars_crds::DataPolicy::Delete
-            })?;
-        }
         let files: Vec<PathBuf> = ["a", "b", "c"]
             .iter()
             .map(|node| volume.data_file(node))

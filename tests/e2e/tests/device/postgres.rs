@@ -59,9 +59,10 @@ fn database(cluster: &Cluster) -> Result<()> {
     cluster.node("a").poweroff()?;
     server.die();
     drop(mounted);
-    drop(cuts);
 
     volume.failover("c")?;
+    // Only now: the kernel goes on sending what a dead process left in its sockets.
+    drop(cuts);
     let mounted = mount("c")?;
     let server = Postgres::start(mounted.point(), &scratch)?;
     let found = server.history()?;

@@ -115,8 +115,9 @@ fn a50_a_successor_that_crashes_in_the_middle_becomes_primary_when_it_is_back() 
     });
 }
 
-/// Writes on a, of which the last part does not reach b and c; a loses its power; returns (shipped, written).
-fn die_with_unshipped_writes(cluster: &Cluster, volume: &Volume<'_>, ledger: &mut Ledger) -> Result<(u64, u64)> {
+/// Writes on a, of which the last part does not reach b and c; a loses its power; returns (shipped, written) and the cuts, which
+/// must stay until somebody else is primary: the kernel goes on sending what a dead process left in its sockets.
+fn die_with_unshipped_writes(cluster: &Cluster, volume: &Volume<'_>, ledger: &mut Ledger) -> Result<(u64, u64, Vec<Cut>)> {
     let device = open_direct(&volume.device("a"))?;
     ledger.write(&device, 1500)?;
     device.sync_all()?;
@@ -131,8 +132,7 @@ fn die_with_unshipped_writes(cluster: &Cluster, volume: &Volume<'_>, ledger: &mu
     ledger.write(&device, 700)?;
     device.sync_all()?;
     cluster.node("a").poweroff()?;
-    drop(cuts);
-    Ok((shipped, ledger.written))
+    Ok((shipped, ledger.written, cuts))
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn a51_a_failover_continues_from_exactly_what_had_arrived_and_the_reported_loss_
     scenario(Options::default(), |cluster| {
         let volume = Volume::create(cluster, "loss", "64Mi", "a", &["a", "b", "c"])?;
         let mut ledger = Ledger::new(2048);
-        let (shipped, written) = die_with_unshipped_writes(cluster, &volume, &mut ledger)?;
+        let (shipped, written, cuts) = die_with_unshipped_writes(cluster, &volume, &mut ledger)?;
         let epochs = volume.live("c")?.lineage.len();
         volume.failover("c")?;
         let found = ledger.prefix(&volume.device("c"))?;
@@ -156,6 +156,7 @@ fn a51_a_failover_continues_from_exactly_what_had_arrived_and_the_reported_loss_
         );
         volume.wait_live("b", "follows c", |status| status.lineage.len() == lineage.len())?;
 
+        drop(cuts);
         cluster.node("a").start()?;
         let status = volume.wait_live("a", "reports its fork", |status| !status.forks.is_empty())?;
         ensure!(status.role == Some(ActualRole::Secondary), "a came back as a secondary");
