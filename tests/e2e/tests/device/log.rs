@@ -105,7 +105,10 @@ fn a36_a_secondary_disk_at_rest_is_the_primarys_content_at_its_applied_position_
             let status = volume.wait_live("b", "stands still", |status| {
                 status.state == "PausedReplay" && status.positions.as_ref().is_some_and(|at| at.applied == at.dirty_end)
             })?;
-            let applied = status.positions.context("a replica that is held keeps its positions")?.applied;
+            let applied = status
+                .positions
+                .context("a replica that is held keeps its positions")?
+                .applied;
             let found = ledger.prefix(&data)?;
             ensure!(
                 i64::try_from(found)? * LSN_PER_WRITE == applied - begin,
