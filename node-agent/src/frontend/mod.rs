@@ -287,6 +287,17 @@ pub struct Frontends {
     trouble: Mutex<Option<String>>,
 }
 
+/// Deletes the ublk devices recorded in `state_dir` (`<run-dir>/ublk`) of a node that is gone for good; for whoever simulates
+/// the death of a machine, or takes a node down. Returns what could not be deleted, as texts.
+#[must_use]
+pub fn delete_ublk_leftovers(state_dir: &Path) -> Vec<String> {
+    if ublk::is_available() {
+        ublk::delete_leftovers(state_dir)
+    } else {
+        Vec::new()
+    }
+}
+
 impl Frontends {
     /// Looks what this kernel offers. Nothing is opened or created.
     #[must_use]

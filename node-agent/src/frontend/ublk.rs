@@ -189,6 +189,47 @@ impl UblkFrontend {
     }
 }
 
+/// Deletes the devices that are recorded in `state_dir` and provably ours, for a node whose agent is gone for good: users get
+/// I/O errors, as when a machine dies. Says what could not be deleted.
+pub(super) fn delete_leftovers(state_dir: &Path) -> Vec<String> {
+    let frontend = UblkFrontend::new(state_dir.to_owned());
+    let mut problems = Vec::new();
+    for entry in std::fs::read_dir(state_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(replica) = name
+            .strip_prefix("ublk-")
+            .and_then(|uuid| uuid::Uuid::parse_str(uuid).ok())
+        else {
+            continue;
+        };
+        let deleted = frontend
+            .leftover(ReplicaId(replica))
+            .map_err(|error| error.to_string())
+            .and_then(|id| id.map_or(Ok(()), delete));
+        if let Err(problem) = deleted {
+            problems.push(format!("{name}: {problem}"));
+        }
+    }
+    problems
+}
+
+/// Deletes one device, on a thread of its own: libublk's control ring belongs to the thread that made it.
+fn delete(id: u32) -> Result<(), String> {
+    let work = move || -> Result<(), String> {
+        let number = i32::try_from(id).map_err(|error| error.to_string())?;
+        let text = |error: UblkError| format!("ublk device {id}: {error:?}");
+        let control = UblkCtrl::new_simple(number).map_err(text)?;
+        control.kill_dev().map_err(text)?;
+        // Not the waiting kind: whoever has it open would hold us.
+        control.del_dev_async().map_err(text).map(drop)
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("mars-ublk-del-{id}"))
+        .spawn(work);
+    let ended = thread.map_err(|error| error.to_string())?.join();
+    ended.unwrap_or_else(|_| Err("the deletion failed abnormally".to_owned()))
+}
+
 impl BlockFrontend for UblkFrontend {
     fn kind(&self) -> FrontendKind {
         FrontendKind::Ublk

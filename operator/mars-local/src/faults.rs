@@ -36,7 +36,7 @@ pub struct Plan {
     pub error: f64,
     /// Probability that a write is refused with 409 and nothing done.
     pub conflict: f64,
-    /// Probability that a write is done and its answer replaced by a 504.
+    /// Probability that a write is done and its answer replaced by a 500.
     pub lost_answer: f64,
     /// Probability of a delay before a request is looked at.
     pub delay: f64,
@@ -197,9 +197,8 @@ impl Faults {
             };
             Verdict::Refuse(ApiError::stale(&subject))
         } else if is_write && state.chance(plan.lost_answer) {
-            let mut error = ApiError::too_large_resource_version(0, 0);
-            error.message = "request did not complete within the allotted time (on purpose, it was carried out)".into();
-            error.details.causes.clear();
+            // Not 503 or 504, which clients try again by themselves.
+            let error = ApiError::internal("request timed out (on purpose; it was carried out)");
             Verdict::LoseAnswer(error)
         } else {
             Verdict::Pass

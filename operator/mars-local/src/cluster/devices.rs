@@ -89,7 +89,7 @@ pub(super) fn remove(store: &Path, dev: &Path) -> Vec<String> {
             .to_string_lossy()
             .into_owned();
         if !name.starts_with("loop") {
-            // ublk devices are deleted by their driver once their daemon and its recovery time are gone.
+            // ublk devices are deleted by the code that knows their records.
             continue;
         }
         let output = Command::new("losetup").arg("--detach").arg(&device.node).output();

@@ -489,11 +489,20 @@ impl Node {
     /// Devices, links and the run directory go; the next start is a new boot.
     fn lose_memory(&self) -> Result<(), NodeError> {
         let layout = self.layout();
-        for problem in devices::remove(&layout.state_dir, &layout.dev_dir) {
+        let mut problems = devices::remove(&layout.state_dir, &layout.dev_dir);
+        problems.extend(mars_node_agent::frontend::delete_ublk_leftovers(
+            &layout.run_dir.join("ublk"),
+        ));
+        for problem in problems {
             tracing::warn!(node = self.name(), problem, "a device could not be removed");
         }
         for entry in fs::read_dir(&layout.run_dir).into_iter().flatten().flatten() {
-            let _ = fs::remove_file(entry.path());
+            let path = entry.path();
+            let _ = if path.is_dir() {
+                fs::remove_dir_all(path)
+            } else {
+                fs::remove_file(path)
+            };
         }
         Ok(self.new_boot()?)
     }
