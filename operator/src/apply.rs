@@ -162,6 +162,7 @@ impl<'a> Writer<'a> {
         }
         let mut object = MarsReplica::new(&replica_name(&spec.resource, &spec.node), spec.clone());
         object.metadata.labels = Some(labels);
+        object.metadata.annotations = None;
         object.metadata.finalizers = Some(vec![REPLICA_FINALIZER.to_owned()]);
         let api: Api<MarsReplica> = Api::all(self.client.clone());
         api.create(&post(), &object).await.map(drop)
