@@ -177,32 +177,9 @@ fn join(context: &Context<'_>, draft: &mut Draft, member: &ReplicaMember, new_id
         );
         return;
     }
-    let mut spec = MarsReplicaSpec {
-        resource: world.name().to_owned(),
-        node: member.node.clone(),
-        resource_uuid,
-        replica_uuid: found.map_or_else(new_id, |report| report.replica_uuid),
-        size_bytes,
-        backing: member.backing(),
-        overwrite: member.overwrite,
-        established: found.is_some_and(|report| report.has_history),
-        role: WishRole::Secondary,
-        designation: None,
-        cause: None,
-        close_for: None,
-        handover_end: None,
-        peers: Vec::new(),
-        switches: Switches::default(),
-        apply_delay: None,
-        durability: world.resource.spec.durability,
-        compression: world.resource.spec.compression,
-        retention: world.resource.spec.retention.clone(),
-        limits: world.resource.spec.limits.clone(),
-        invalidate: None,
-        fake_sync: None,
-        rotate_log: None,
-        data_policy: DataPolicy::Retain,
-    };
+    let replica_uuid = found.map_or_else(new_id, |report| report.replica_uuid);
+    let mut spec = first_order(context, member, (resource_uuid, replica_uuid), size_bytes);
+    spec.established = found.is_some_and(|report| report.has_history);
     rollout::fill(context, &mut spec);
     let verb = if found.is_some() {
         "is re-adopted with the data found there"
@@ -215,6 +192,42 @@ fn join(context: &Context<'_>, draft: &mut Draft, member: &ReplicaMember, new_id
         "ReplicaCreated",
         format!("{} {verb}", member.node),
     );
+}
+
+/// What a new replica object says before designation, peers and switches are filled in.
+fn first_order(
+    context: &Context<'_>,
+    member: &ReplicaMember,
+    (resource_uuid, replica_uuid): (Uuid, Uuid),
+    size_bytes: i64,
+) -> MarsReplicaSpec {
+    let resource = &context.world.resource.spec;
+    MarsReplicaSpec {
+        resource: context.world.name().to_owned(),
+        node: member.node.clone(),
+        resource_uuid,
+        replica_uuid,
+        size_bytes,
+        backing: member.backing(),
+        overwrite: member.overwrite,
+        established: false,
+        role: WishRole::Secondary,
+        designation: None,
+        cause: None,
+        close_for: None,
+        handover_end: None,
+        peers: Vec::new(),
+        switches: Switches::default(),
+        apply_delay: None,
+        durability: resource.durability,
+        compression: resource.compression,
+        retention: resource.retention.clone(),
+        limits: resource.limits.clone(),
+        invalidate: None,
+        fake_sync: None,
+        rotate_log: None,
+        data_policy: DataPolicy::Retain,
+    }
 }
 
 fn leave(context: &Context<'_>, draft: &mut Draft, node: &str, replica_uuid: Uuid) {
