@@ -103,7 +103,11 @@ fn a36_a_secondary_disk_at_rest_is_the_primarys_content_at_its_applied_position_
             // Nobody touches the disk of a replica whose replay is held; another moment each time, also in mid catch-up.
             cluster.patch_resource("moments", &switches(&json!({ "replay": false })))?;
             let status = volume.wait_live("b", "stands still", |status| {
-                status.state == "PausedReplay" && status.positions.as_ref().is_some_and(|at| at.applied == at.dirty_end)
+                status.state == "PausedReplay"
+                    && status
+                        .positions
+                        .as_ref()
+                        .is_some_and(|at| at.applied == at.dirty_end && at.applied == at.replayed)
             })?;
             let applied = status
                 .positions
