@@ -1,7 +1,7 @@
 //! The operator of MARS: observe → validate → plan → apply → status.
 //!
 //! * [`observe`] builds a [`World`] from the watch [`cache`] or, for decisions, freshly from the API server;
-//! * validation (`mars_crds::validate`) and all decisions happen in [`plan`], which is pure;
+//! * validation (`mars_crds::validate`) and all decisions happen in [`mod@plan`], which is pure;
 //! * [`apply`] writes what was planned, each write guarded by a resourceVersion;
 //! * [`controller`] drives passes, [`leader`] lets usually one operator act.
 //!

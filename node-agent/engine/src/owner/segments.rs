@@ -1,6 +1,6 @@
 //! Log files: one is always prepared ahead, and the oldest go when nobody needs them.
 //!
-//! Invariants: see [`retention`](crate::retention). A member that is given up is recorded as an orphan in a slot before log that it
+//! Invariants: see [`retention`]. A member that is given up is recorded as an orphan in a slot before log that it
 //! needs goes; the extents that a segment touched are on stable storage before the segment goes.
 
 use super::retry::Retry;
