@@ -70,9 +70,10 @@ fn summarize(context: &Context<'_>, draft: &Draft, status: &mut MarsResourceStat
     status.primary = primaries.join(",");
     let attached = spec.attached_to.clone().filter(|node| !node.is_empty());
     let wished = attached.unwrap_or_else(|| spec.primary.clone());
-    status.wish = context
-        .designation()
-        .map_or(wished, |designation| designation.node.clone());
+    // A wish that is not carried out yet is shown beside the fact; without one, who is designated.
+    let designated = context.designation().map(|designation| designation.node.clone());
+    let counting = super::wish::counting(context).map(|wish| wish.node);
+    status.wish = counting.or(designated).unwrap_or(wished);
     status.replicas = world.replicas.iter().map(|replica| summary(context, replica)).collect();
     let ready = context
         .reports

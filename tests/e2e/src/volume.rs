@@ -194,6 +194,25 @@ impl<'a> Volume<'a> {
         self.cluster.patch_resource(&self.name, &json!({ "primary": node }))
     }
 
+    /// Waits until the resource says, about its present spec, that the role does not move because the device is in use, and
+    /// names `user` (a mount point, a pid).
+    pub fn wait_device_in_use(&self, user: &str) -> Result<()> {
+        let named = |resource: &MarsResource| {
+            let status = resource.status.as_ref();
+            status
+                .into_iter()
+                .flat_map(|status| &status.conditions)
+                .any(|condition| {
+                    condition.type_ == "Switching"
+                        && condition.reason == "DeviceInUse"
+                        && condition.message.contains(user)
+                        && condition.observed_generation == resource.metadata.generation
+                })
+        };
+        let what = format!("says that {user} keeps the role from moving");
+        self.cluster.wait(&self.name, &what, named).map(drop)
+    }
+
     /// Planned change of the primary, by the wish; waits until it is a fact.
     pub fn handover(&self, node: &str) -> Result<PathBuf> {
         self.wish_primary(node)?;

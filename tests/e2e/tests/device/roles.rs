@@ -187,9 +187,9 @@ fn a52_partition_planned_a_secondary_waits_and_switches_when_the_network_is_back
         std::fs::write(mounted.point().join("during"), "partition\n".repeat(10_000))?;
         // umount and secondary: fine.
         mounted.unmount()?;
-        let end = volume.durable("a")?;
         volume.wish_primary("")?;
         volume.wait_secondary("a")?;
+        let end = volume.durable("a")?;
         ensure!(!volume.device("a").exists(), "a has no device any more");
         // primary on B: it cannot have a's last writes, so it waits.
         volume.wish_primary("b")?;
@@ -318,17 +318,12 @@ fn a55_a_device_in_use_is_never_taken_away_and_the_user_is_named() {
         let mounted = Mount::new(&volume.device("a"), &cluster.scratch("mnt")?, "noatime")?;
         for wish in ["b", ""] {
             volume.wish_primary(wish)?;
-            let replica: MarsReplica =
-                cluster.wait("busy.a", "refuses and names the mount", |replica: &MarsReplica| {
-                    replica.status.as_ref().is_some_and(|status| {
-                        let point = mounted.point().to_string_lossy();
-                        status
-                            .refused
-                            .as_ref()
-                            .is_some_and(|refused| refused.reason.contains(&*point))
-                            && status.opened_by.iter().any(|user| user.name.contains(&*point))
-                    })
-                })?;
+            volume.wait_device_in_use(&mounted.point().to_string_lossy())?;
+            let replica: MarsReplica = cluster.wait("busy.a", "names the mount", |replica: &MarsReplica| {
+                let point = mounted.point().to_string_lossy();
+                let status = replica.status.as_ref();
+                status.is_some_and(|status| status.opened_by.iter().any(|user| user.name.contains(&*point)))
+            })?;
             ensure!(
                 replica
                     .status
