@@ -121,7 +121,6 @@ fn a59_a_disk_that_is_too_small_busy_or_carries_a_foreign_signature_is_not_touch
 }
 
 #[test]
-#[ignore = "its last step reads the primary's durable end before the agent has published it: see docs/status.md"]
 fn a59_a_missing_pool_directory_or_data_file_is_named_and_never_recreated() {
     scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "gone", "64Mi", "a", &["a", "b"])?;
