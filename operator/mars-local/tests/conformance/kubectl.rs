@@ -255,9 +255,11 @@ async fn get_watch_prints_changes_as_they_come() {
     target
         .ok_with(&["create", "-f", "-"], &manifest(&target, "live", &json!({"size": 1})))
         .await;
+    // A list: for a single name kubectl watches from "now" and leaves out the first event, which is then whatever came between.
+    let only = format!("metadata.name={name}");
     let mut command = tokio::process::Command::from(target.kubectl());
     command
-        .args(["get", "wdg", &name, "--watch"])
+        .args(["get", "wdg", "--field-selector", &only, "--watch"])
         .stdout(Stdio::piped())
         .kill_on_drop(true);
     let mut child = command.spawn().unwrap();

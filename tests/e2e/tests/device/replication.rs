@@ -9,6 +9,7 @@ use mars_e2e::machine::{Cmd, until};
 use mars_e2e::volume::{Volume, manifest};
 use serde_json::{Value, json};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::Duration;
@@ -81,12 +82,18 @@ fn a30_fetch_goes_on_while_replay_is_held_back_and_a_promotion_replays_first() {
 #[test]
 fn a31_a_sync_under_writes_is_consistent_only_after_replay_has_passed_its_end() {
     scenario(Options::default(), |cluster| {
-        let volume = Volume::create(cluster, "sync", "256Mi", "a", &["a", "b"])?;
+        let mut manifest = manifest("sync", "256Mi", "a", &["a", "b"]);
+        manifest["spec"]["limits"] = json!({ "syncPerSecond": "32Mi" });
+        let volume = Volume::apply(cluster, &manifest)?;
         let device = open_direct(&volume.device("a"))?;
         fill_with_noise(&volume.device("a"), 200 << 20)?;
         let mut ledger = Ledger::new(4096);
         let mut zero = File::options().write(true).open(volume.device("a"))?;
         zero_blocks(&mut zero, 4096)?;
+        volume.wait_written_back("a")?;
+        volume.wait_caught_up("a", "b")?;
+        // Six seconds' worth of difference: the sync is under way when a promotion is tried.
+        damage_behind_its_back(cluster, &volume, "b", 0..192 << 20)?;
         let action = volume.act(Verb::Invalidate, Some("b"))?;
         let mut refused = 0;
         let mut sightings = 0;
@@ -126,6 +133,16 @@ fn a31_a_sync_under_writes_is_consistent_only_after_replay_has_passed_its_end() 
 fn zero_blocks(device: &mut File, blocks: usize) -> Result<()> {
     device.write_all_at(&vec![0; blocks * mars_e2e::ledger::BLOCK_BYTES], 0)?;
     Ok(device.sync_all()?)
+}
+
+/// Overwrites a range of a secondary's disk while its agent is down, so that the next sync has something to move.
+fn damage_behind_its_back(cluster: &Cluster, volume: &Volume<'_>, node: &str, range: Range<u64>) -> Result<()> {
+    cluster.node(node).stop()?;
+    let file = File::options().write(true).open(volume.data_file(node)?)?;
+    let bytes = usize::try_from(range.end - range.start)?;
+    file.write_all_at(&vec![0xee; bytes], range.start)?;
+    file.sync_all()?;
+    cluster.node(node).start()
 }
 
 fn fill_with_noise(device: &Path, bytes: u64) -> Result<()> {
@@ -199,12 +216,7 @@ fn a32_a_sync_that_is_killed_on_either_side_resumes_where_it_was() {
         fill_with_noise(&volume.device("a"), 384 << 20)?;
         volume.wait_written_back("a")?;
         volume.wait_caught_up("a", "b")?;
-        // b's disk loses most of it behind b's back, so that the sync has something to move.
-        cluster.node("b").stop()?;
-        let file = File::options().write(true).open(volume.data_file("b")?)?;
-        file.write_all_at(&vec![0xee; 256 << 20], 64 << 20)?;
-        file.sync_all()?;
-        cluster.node("b").start()?;
+        damage_behind_its_back(cluster, &volume, "b", 64 << 20..320 << 20)?;
         volume.act(Verb::Invalidate, Some("b"))?;
         let far = |percent: i32| {
             volume.wait_live_for(Duration::from_mins(2), "b", "has come far", |status| {
