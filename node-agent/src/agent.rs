@@ -23,6 +23,7 @@ use crate::node_status::{NodeReporter, cached_spec, pool_wishes};
 use crate::pool::{PoolError, Pools};
 use crate::reconcile::cache::Cache;
 use crate::reconcile::context::{NodeContext, Views};
+use crate::replication::clock::SharedClock;
 use crate::reconcile::object::TuningDefaults;
 use crate::reconcile::sink::{Sink, SinkError};
 use crate::reconcile::source;
@@ -253,7 +254,9 @@ impl Running {
             frontend,
         } = parts;
         let (stop, tracker) = (CancellationToken::new(), TaskTracker::new());
-        let link = ReplicationLink::start(&args, cluster, identity.node(), &tracker, stop.clone()).await?;
+        let clock = Arc::new(SharedClock::default());
+        let node_id = identity.node();
+        let link = ReplicationLink::start(&args, cluster, node_id, clock.clone(), &tracker, stop.clone()).await?;
         let mut pools = Pools::load(&layout.node_dir(), identity.node().0)?;
         pools.configure(pool_wishes(&args, &cached_spec(&layout.node_dir())));
         let node = Arc::new(NodeContext {
@@ -266,6 +269,7 @@ impl Running {
             sink,
             runtime: devices(&args, &layout)?,
             replication: Arc::new(link),
+            clock,
             frontend,
             tuning: TuningDefaults {
                 overlay_budget_bytes: args.overlay_bytes(),

@@ -46,7 +46,7 @@ pub struct ReplicationLink {
 }
 
 impl ReplicationLink {
-    /// Takes the port; serves as soon as there are credentials, until `stop`.
+    /// Takes the port; serves as soon as there are credentials, until `stop`. `clock` is the one of the node.
     ///
     /// # Errors
     /// The port is taken.
@@ -54,6 +54,7 @@ impl ReplicationLink {
         args: &RunArgs,
         cluster: ClusterId,
         node: NodeId,
+        clock: Arc<SharedClock>,
         tracker: &TaskTracker,
         stop: CancellationToken,
     ) -> Result<Self, LinkError> {
@@ -77,7 +78,7 @@ impl ReplicationLink {
                 return;
             };
             let source = Arc::new(source);
-            let hub = Hub::new(config, source.clone(), Arc::new(SharedClock::default()));
+            let hub = Hub::new(config, source.clone(), clock);
             ready_to.send_replace(Some(LocalReplication::new(hub.clone())));
             info!(%address, "replication is served");
             let watching = source.watch(RELOAD, stop.clone());

@@ -15,10 +15,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use mars_crds::Size;
 use mars_crds::conditions::{self, Truth};
 use mars_crds::node::{FoundReplica, Frontend, MarsNodeSpec, MarsNodeStatus, PoolStatus, StoreSpace};
-use mars_engine::types::ReplicaId;
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
@@ -323,7 +321,7 @@ fn look(node: &NodeContext) -> Found {
         log_store: pool::space(&node.layout.replicas_dir()).ok(),
         pools: pools(node),
         inventory,
-        lamport_slip_ms: lamport_slip_ms(&node.views.borrow()),
+        lamport_slip_ms: i64::try_from(node.clock.slip().as_millis()).unwrap_or(i64::MAX),
     }
 }
 
@@ -354,20 +352,6 @@ fn pools(node: &NodeContext) -> Vec<PoolStatus> {
         }
     };
     names.into_iter().map(&mut status).collect()
-}
-
-/// How far the youngest stamp of any replica is ahead of the wall clock.
-fn lamport_slip_ms(views: &BTreeMap<ReplicaId, Arc<crate::reconcile::context::ReplicaView>>) -> i64 {
-    let wall_ns = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_nanos();
-    let newest = views
-        .values()
-        .map(|view| u128::from(view.durable_lamport_ns))
-        .max()
-        .unwrap_or(0);
-    i64::try_from(newest.saturating_sub(wall_ns) / 1_000_000).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

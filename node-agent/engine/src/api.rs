@@ -544,6 +544,7 @@ pub enum Action<F> {
     Job(JobId, crate::jobs::Job<F>),
     /// Answer a command.
     Reply(CommandId, Reply),
-    /// The status (and with it what may be served to peers) has changed; ask `status()` and `log_view()`.
+    /// The status (and with it what may be served to peers) has changed; publish `status()` and `log_view()` before taking the next
+    /// action: answers follow that must not be seen before what they follow from.
     Changed,
 }

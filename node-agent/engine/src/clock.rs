@@ -1,9 +1,15 @@
 //! The Lamport clock: physical time that never contradicts the order of causes and effects.
 //!
-//! Invariants: a stamp is never behind the wall clock it was made with, and always above every stamp made or seen before. A stamp
-//! more than 30 days ahead of the wall clock is refused, so that one broken clock cannot carry all others away.
+//! A node has one: the messages of its agent and the records of all its replicas are stamped by clones of the same clock. So what is
+//! recorded after a message came in is stamped later than the message, with no way to tell the owner of a replica.
+//!
+//! Invariants: a stamp is never behind the wall clock it was made with, and always above every stamp made or seen before, by
+//! whichever clone. A stamp more than 30 days ahead of the wall clock is refused, so that one broken clock cannot carry all others
+//! away.
 
 use crate::types::Lamport;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How far ahead of the local wall clock a foreign stamp may be (nanoseconds): 30 days.
 pub const MAX_AHEAD_NS: u64 = 30 * 24 * 3600 * 1_000_000_000;
@@ -20,36 +26,44 @@ pub struct TooFarAhead {
     pub ahead_ns: u64,
 }
 
-/// See the module.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// See the module. Clones are the same clock.
+#[derive(Debug, Clone, Default)]
 pub struct LamportClock {
-    last: Lamport,
+    /// The order of stamps follows from this one number, whatever thread looks at it.
+    last: Arc<AtomicU64>,
 }
 
 impl LamportClock {
     /// A clock that has seen everything up to `last`, as persisted.
     #[must_use]
     pub fn new(last: Lamport) -> Self {
-        Self { last }
+        Self {
+            last: Arc::new(AtomicU64::new(last.0)),
+        }
     }
 
     /// The last stamp made or seen: what is to be persisted.
     #[must_use]
     pub fn last(&self) -> Lamport {
-        self.last
+        Lamport(self.last.load(Ordering::Acquire))
     }
 
     /// A stamp for something that happens now.
-    pub fn stamp(&mut self, wall_ns: u64) -> Lamport {
-        self.last = Lamport(wall_ns.max(self.last.0.saturating_add(1)));
-        self.last
+    #[must_use]
+    pub fn stamp(&self, wall_ns: u64) -> Lamport {
+        let next = |last: u64| wall_ns.max(last.saturating_add(1));
+        let update = self
+            .last
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |last| Some(next(last)));
+        let (Ok(before) | Err(before)) = update;
+        Lamport(next(before))
     }
 
     /// Takes note of a stamp from elsewhere: everything stamped here from now on comes after it.
     ///
     /// # Errors
     /// [`TooFarAhead`]; the clock is unchanged.
-    pub fn see(&mut self, stamp: Lamport, wall_ns: u64) -> Result<(), TooFarAhead> {
+    pub fn see(&self, stamp: Lamport, wall_ns: u64) -> Result<(), TooFarAhead> {
         let ahead_ns = stamp.0.saturating_sub(wall_ns);
         if ahead_ns > MAX_AHEAD_NS {
             return Err(TooFarAhead {
@@ -57,14 +71,14 @@ impl LamportClock {
                 ahead_ns,
             });
         }
-        self.last = self.last.max(stamp);
+        self.last.fetch_max(stamp.0, Ordering::AcqRel);
         Ok(())
     }
 
     /// How far this clock runs ahead of the wall clock (nanoseconds).
     #[must_use]
     pub fn slip_ns(&self, wall_ns: u64) -> u64 {
-        self.last.0.saturating_sub(wall_ns)
+        self.last().0.saturating_sub(wall_ns)
     }
 }
 
@@ -79,7 +93,7 @@ mod tests {
         fn a60_causal_order_holds_with_skewed_and_jumping_clocks(
             steps in prop::collection::vec((0..2_usize, 0..1_000_000_000_u64, any::<bool>()), 1..100)
         ) {
-            let mut clocks = [LamportClock::default(); 2];
+            let clocks = [LamportClock::default(), LamportClock::default()];
             let mut last_of = [Lamport(0); 2];
             for (node, wall_ns, send) in steps {
                 let stamp = clocks[node].stamp(wall_ns);
@@ -97,12 +111,28 @@ mod tests {
 
     #[test]
     fn a60_more_than_thirty_days_ahead_is_refused() {
-        let mut clock = LamportClock::new(Lamport(5));
+        let clock = LamportClock::new(Lamport(5));
         assert!(clock.see(Lamport(100 + MAX_AHEAD_NS), 100).is_ok());
-        let before = clock;
+        let before = clock.last();
         let refused = clock.see(Lamport(101 + MAX_AHEAD_NS), 100).unwrap_err();
         assert_eq!(refused.ahead_ns, MAX_AHEAD_NS + 1);
-        assert_eq!(clock, before);
+        assert_eq!(clock.last(), before);
         assert_eq!(clock.slip_ns(100), MAX_AHEAD_NS);
+    }
+
+    /// Two threads share a clock; no stamp is made twice, and each thread's own ascend.
+    #[test]
+    fn a60_clones_on_other_threads_never_make_the_same_stamp() {
+        let clock = LamportClock::new(Lamport(7));
+        let stamps = |clock: LamportClock| (0..20_000).map(|_| clock.stamp(3)).collect::<Vec<_>>();
+        let (ours, theirs) = std::thread::scope(|scope| {
+            let theirs = scope.spawn(|| stamps(clock.clone()));
+            (stamps(clock.clone()), theirs.join().unwrap())
+        });
+        assert!(ours.is_sorted_by(|a, b| a < b) && theirs.is_sorted_by(|a, b| a < b));
+        let mut all = [ours, theirs].concat();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!((all.len(), clock.last()), (40_000, Lamport(40_007)));
     }
 }

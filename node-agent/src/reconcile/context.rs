@@ -8,6 +8,7 @@ use crate::frontend::FrontendChoice;
 use crate::identity::BootId;
 use crate::layout::Layout;
 use crate::pool::Pools;
+use crate::replication::clock::SharedClock;
 use crate::shard::{ReplicaHandle, Runtime};
 use mars_crds::MarsReplicaStatus;
 use mars_engine::store_fs::FsStore;
@@ -107,6 +108,8 @@ pub struct NodeContext {
     pub runtime: Runtime,
     /// Other nodes.
     pub replication: Arc<dyn Replication>,
+    /// What stamps messages and records of this node.
+    pub clock: Arc<SharedClock>,
     /// How devices are made.
     pub frontend: FrontendChoice,
     /// Budgets.

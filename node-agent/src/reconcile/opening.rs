@@ -133,7 +133,8 @@ pub fn open(node: &NodeContext, todo: &Todo) -> Result<Opened, OpeningError> {
         tuning: todo.tuning,
         seed: rand::random(),
     };
-    let owner = Owner::open(store.clone(), params, now())?;
+    let mut owner = Owner::open(store.clone(), params, now())?;
+    owner.share_clock(node.clock.engine(), now());
     if fresh {
         dir.update(|superblock| superblock.stage = Stage::Established)?;
     }

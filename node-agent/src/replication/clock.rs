@@ -1,37 +1,57 @@
-//! The agent's Lamport clock, as far as messages are concerned: one for all replicas and connections.
+//! The clock of a node: messages of the agent and records of all its replicas are stamped by it.
 //!
-//! Invariants: those of the engine's [`LamportClock`]; a stamp too far ahead of the wall clock is refused together with its message.
+//! Invariants: those of the engine's [`LamportClock`]; a stamp too far ahead of the wall clock is refused together with its message
+//!
 
 use mars_engine::clock::{LamportClock, TooFarAhead};
 use mars_engine::types::Lamport;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Shared by everything that sends or receives.
-#[derive(Debug, Default)]
-pub struct SharedClock(Mutex<LamportClock>);
+/// Shared by everything that sends, receives or records.
+pub struct SharedClock {
+    clock: LamportClock,
+    wall_ns: Box<dyn Fn() -> u64 + Send + Sync>,
+}
+
+impl fmt::Debug for SharedClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedClock").field("last", &self.last()).finish_non_exhaustive()
+    }
+}
+
+impl Default for SharedClock {
+    fn default() -> Self {
+        Self::with_wall(wall_ns)
+    }
+}
 
 impl SharedClock {
-    /// A clock that has seen everything up to `last`.
+    /// A clock over another wall clock than that of this machine (nanoseconds since the Unix epoch).
     #[must_use]
-    pub fn new(last: Lamport) -> Self {
-        Self(Mutex::new(LamportClock::new(last)))
+    pub fn with_wall(wall_ns: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
+        Self {
+            clock: LamportClock::default(),
+            wall_ns: Box::new(wall_ns),
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, LamportClock> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What the replicas of this node stamp their records with.
+    #[must_use]
+    pub fn engine(&self) -> &LamportClock {
+        &self.clock
     }
 
     /// A stamp for a message.
     #[must_use]
     pub fn now(&self) -> Lamport {
-        self.lock().stamp(wall_ns())
+        self.clock.stamp((self.wall_ns)())
     }
 
     /// The last stamp made or seen.
     #[must_use]
     pub fn last(&self) -> Lamport {
-        self.lock().last()
+        self.clock.last()
     }
 
     /// Takes note of a stamp that came in.
@@ -39,13 +59,13 @@ impl SharedClock {
     /// # Errors
     /// [`TooFarAhead`]: the message must not be used.
     pub fn observe(&self, stamp: Lamport) -> Result<(), TooFarAhead> {
-        self.lock().see(stamp, wall_ns())
+        self.clock.see(stamp, (self.wall_ns)())
     }
 
     /// How far this clock is ahead of the wall clock.
     #[must_use]
     pub fn slip(&self) -> Duration {
-        Duration::from_nanos(self.last().0.saturating_sub(wall_ns()))
+        Duration::from_nanos(self.clock.slip_ns((self.wall_ns)()))
     }
 }
 

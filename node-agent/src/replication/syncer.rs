@@ -12,7 +12,7 @@ use mars_engine::api::{Command, Refusal};
 use mars_engine::replication::digest::{DataDisk, block_digests, region_digests};
 use mars_engine::replication::messages::{Refused, RegionDigest, RegionWant, SyncEnd, SyncOffer};
 use mars_engine::replication::sync::{self, Step, SyncTarget, TaskId, WrongDigests, writes_of};
-use mars_engine::types::{ByteRange, Lsn, ReplicaId};
+use mars_engine::types::{ByteRange, Lamport, Lsn, ReplicaId};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +46,8 @@ pub(super) enum SyncError {
     Local(#[from] io::Error),
     #[error("a task of the sync ended: {0}")]
     Task(#[from] tokio::task::JoinError),
+    #[error("the source's {0}")]
+    Clock(#[from] mars_engine::clock::TooFarAhead),
 }
 
 /// Everything a session needs.
@@ -133,11 +135,9 @@ impl Syncer {
             durable: Some(self.entry.port.status().borrow().durable.into()),
         };
         let mut client = connection.client.clone();
-        match answer(client.sync_open(request))
-            .await?
-            .result
-            .ok_or(Malformed("offer"))?
-        {
+        let reply = answer(client.sync_open(request)).await?;
+        self.entry.clock.observe(Lamport(reply.lamport))?;
+        match reply.result.ok_or(Malformed("offer"))? {
             Reply::Offer(offer) => Ok(wire::offer_in(&offer)?),
             Reply::Refused(reason) => Err(refused(&reason)),
         }
@@ -218,6 +218,7 @@ impl Context {
             };
             let mut client = self.connection(task).client;
             let reply = answer(client.digests(request)).await?;
+            self.entry.clock.observe(Lamport(reply.lamport))?;
             match &reply.refused {
                 Some(reason) => Err(refused(reason)),
                 None => Ok(wire::digests_in(&reply.regions)?),
@@ -256,6 +257,7 @@ impl Context {
             let Some(message) = next.map_err(|_| SyncError::Timeout(ANSWER_LIMIT))?.map_err(Box::new)? else {
                 break;
             };
+            self.entry.clock.observe(Lamport(message.lamport))?;
             if let Some(reason) = &message.refused {
                 return Err(refused(reason));
             }
@@ -292,11 +294,9 @@ impl Context {
             session: self.session,
         };
         let mut client = self.connection(0).client;
-        match answer(client.sync_end(request))
-            .await?
-            .result
-            .ok_or(Malformed("end of the sync"))?
-        {
+        let reply = answer(client.sync_end(request)).await?;
+        self.entry.clock.observe(Lamport(reply.lamport))?;
+        match reply.result.ok_or(Malformed("end of the sync"))? {
             Reply::End(end) => Ok(SyncEnd {
                 dirty_end: Lsn(end.dirty_end),
                 size_bytes: end.size_bytes,

@@ -33,7 +33,7 @@ pub enum Step {
     Job(Job),
     /// Answer the command with this id.
     Reply(CommandId, Reply),
-    /// Status or log view have changed.
+    /// Status or log view have changed: publish them before the next step, so that no answer is seen before what it follows from.
     Changed,
 }
 

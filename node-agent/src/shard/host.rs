@@ -1,7 +1,8 @@
 //! One engine with everything that can reach it: mailbox, job results, wake-up descriptor, published status.
 //!
 //! Invariant: a host is whole. It may be moved to another thread between two calls; nothing that talks to it notices,
-//! and every command it has taken is answered exactly once or its answer channel is dropped with the host.
+//! and every command it has taken is answered exactly once or its answer channel is dropped with the host. A status is
+//! published before any answer that follows from it.
 
 use super::engine::{Engine, Job, Step, now};
 use super::pool::{JobPool, JobResult};
@@ -194,26 +195,26 @@ impl Host {
         {
             self.engine.tick(now());
         }
-        let (mut changed, mut answered) = (false, Vec::new());
+        // A change comes before the answers that follow from it, and is published at once: whoever sees the answer to a request or
+        // an order sees a status that knows it.
         while let Some(step) = self.engine.next_step() {
             match step {
                 Step::Complete { tag, result } => complete(tag, result),
                 Step::Job(job) if job.urgent => self.urgent_jobs.push_back(job),
                 Step::Job(job) => self.other_jobs.push_back(job),
-                Step::Reply(id, reply) => answered.extend(self.replies.remove(&id).map(|to| (to, reply))),
-                Step::Changed => changed = true,
+                Step::Reply(id, reply) => {
+                    if let Some(to) = self.replies.remove(&id) {
+                        // Whoever asked may have stopped waiting.
+                        let _ = to.send(reply);
+                    }
+                }
+                Step::Changed => {
+                    self.status.send_replace(Arc::new(self.engine.status()));
+                    self.log_view.send_replace(Arc::new(self.engine.log_view()));
+                }
             }
         }
         self.hand_in_jobs();
-        if changed {
-            self.status.send_replace(Arc::new(self.engine.status()));
-            self.log_view.send_replace(Arc::new(self.engine.log_view()));
-        }
-        // After the status: whoever sees the answer sees a status that knows it.
-        for (to, reply) in answered {
-            // Whoever asked may have stopped waiting.
-            let _ = to.send(reply);
-        }
     }
 
     fn hand_in_jobs(&mut self) {

@@ -1,33 +1,11 @@
 //! Log from member to member: backlogs, broken connections, third members, slow disks, forks.
 
-use super::rig::{Cluster, LIMIT, Shape, all_on, designation};
+use super::rig::{Cluster, LIMIT, Shape, all_on, designation, followed, payload};
 use mars_engine::api::{Cause, Command, Compression, DataState, Fault, Role, Switches};
 use mars_engine::replication::fetch::Wish;
 use mars_node_agent::replication::{Activity, Congestion};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-
-fn payload(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new()
-        .update(&seed.to_le_bytes())
-        .finalize_xof()
-        .fill(&mut bytes);
-    bytes
-}
-
-/// Members that are consistent and follow node 0.
-async fn followed(count: usize, shape: Shape) -> Cluster {
-    let cluster = Cluster::new(count, shape).await;
-    cluster.promote(0, 1, Cause::Create).await;
-    for node in &cluster.nodes[1..] {
-        node.until("consistent after joining", |status| {
-            status.data == DataState::Consistent
-        })
-        .await;
-    }
-    cluster
-}
 
 async fn write_some(cluster: &Cluster, from: u64, count: u64) {
     const CHUNK: usize = 64 << 10;

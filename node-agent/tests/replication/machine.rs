@@ -1,10 +1,11 @@
 //! A real owner on real files, driven by a thread of its own: what the agent's shard threads do, with a write request from the
 //! test instead of a block device, and faults on demand.
 //!
-//! Invariant: as in the agent, a status is published before any answer that depends on it, and jobs are handed out before that.
+//! Invariant: as in the agent, a status is published before any answer that depends on it.
 
 use futures::future::BoxFuture;
 use mars_engine::api::{Action, Command, Event, Io, IoResult, LogView, Now, ReplicaStatus, Reply, Submitted};
+use mars_engine::clock::LamportClock;
 use mars_engine::jobs::{Job, run_job};
 use mars_engine::log::serve::SegmentLog;
 use mars_engine::owner::{OpenParams, Owner};
@@ -17,7 +18,7 @@ use mars_engine::types::Designation;
 use mars_node_agent::replication::ReplicaPort;
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -25,11 +26,27 @@ use tokio::sync::{oneshot, watch};
 
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
-fn now() -> Now {
-    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    Now {
-        mono: START.elapsed(),
-        wall_ns: u64::try_from(wall.as_nanos()).unwrap(),
+/// The wall clock of a node: that of the machine, and what a test adds to it (seconds, may be negative).
+#[derive(Clone, Default)]
+pub(crate) struct Wall(Arc<AtomicI64>);
+
+impl Wall {
+    pub(crate) fn is_off_by(&self, seconds: i64) {
+        self.0.store(seconds, Ordering::SeqCst);
+    }
+
+    pub(crate) fn ns(&self) -> u64 {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let seconds = self.0.load(Ordering::SeqCst);
+        let wall_ns = u64::try_from(wall.as_nanos()).unwrap();
+        wall_ns.checked_add_signed(seconds * 1_000_000_000).unwrap()
+    }
+
+    fn now(&self) -> Now {
+        Now {
+            mono: START.elapsed(),
+            wall_ns: self.ns(),
+        }
     }
 }
 
@@ -59,14 +76,16 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    pub(crate) fn start(store: FsStore, params: OpenParams) -> Self {
-        let owner = Owner::open(store.clone(), params, now()).expect("the replica opens");
+    pub(crate) fn start(store: FsStore, params: OpenParams, wall: Wall, clock: &LamportClock) -> Self {
+        let mut owner = Owner::open(store.clone(), params, wall.now()).expect("the replica opens");
+        owner.share_clock(clock, wall.now());
         let (to, from) = channel();
         let (publish_status, status) = watch::channel(Arc::new(owner.status().clone()));
         let (publish_view, view) = watch::channel(Arc::new(owner.log_view().clone()));
         let faults = Arc::new(Faults::default());
         let driver = Driver {
             owner,
+            wall,
             store: store.clone(),
             from,
             publish_status,
@@ -108,7 +127,6 @@ impl Machine {
 
     pub(crate) async fn flush(&self) {
         assert_eq!(self.io(Message::Flush).await, IoResult::Done);
-        self.barrier().await;
     }
 
     /// Afterwards `now()` knows everything that was answered before.
@@ -160,6 +178,7 @@ impl ReplicaPort for Machine {
 
 struct Driver {
     owner: Owner<FsStore>,
+    wall: Wall,
     store: FsStore,
     from: Receiver<Message>,
     publish_status: watch::Sender<Arc<ReplicaStatus>>,
@@ -177,11 +196,11 @@ impl Driver {
             let wait = self
                 .owner
                 .next_deadline()
-                .map_or(Duration::from_secs(1), |at| at.saturating_sub(now().mono));
+                .map_or(Duration::from_secs(1), |at| at.saturating_sub(START.elapsed()));
             match self.from.recv_timeout(wait) {
                 Ok(Message::Kill) | Err(RecvTimeoutError::Disconnected) => return,
                 Ok(message) => self.take(message),
-                Err(RecvTimeoutError::Timeout) => self.owner.handle(now(), Event::Tick),
+                Err(RecvTimeoutError::Timeout) => self.owner.handle(self.wall.now(), Event::Tick),
             }
         }
     }
@@ -192,12 +211,12 @@ impl Driver {
         let (submitted, to) = match message {
             Message::Command(command, to) => {
                 self.replies.insert(id, to);
-                self.owner.command(now(), id, command);
+                self.owner.command(self.wall.now(), id, command);
                 return;
             }
             Message::Write(offset, data, to) => (
                 self.owner.submit(
-                    now(),
+                    self.wall.now(),
                     id,
                     Io::Write {
                         offset,
@@ -207,7 +226,7 @@ impl Driver {
                 ),
                 to,
             ),
-            Message::Flush(to) => (self.owner.submit(now(), id, Io::Flush), to),
+            Message::Flush(to) => (self.owner.submit(self.wall.now(), id, Io::Flush), to),
             Message::Kill => unreachable!("handled by the caller"),
         };
         match submitted {
@@ -217,7 +236,6 @@ impl Driver {
     }
 
     fn pump(&mut self) {
-        let (mut changed, mut answers) = (false, Vec::new());
         while let Some(action) = self.owner.next_action() {
             match action {
                 Action::Complete { tag, result } => {
@@ -228,18 +246,18 @@ impl Driver {
                 Action::Job(id, job) => {
                     self.slow_down(&job);
                     let outcome = run_job(&self.store, job);
-                    self.owner.handle(now(), Event::JobDone(id, outcome));
+                    self.owner.handle(self.wall.now(), Event::JobDone(id, outcome));
                 }
-                Action::Reply(id, reply) => answers.extend(self.replies.remove(&id).map(|to| (to, reply))),
-                Action::Changed => changed = true,
+                Action::Reply(id, reply) => {
+                    if let Some(to) = self.replies.remove(&id) {
+                        let _ = to.send(reply);
+                    }
+                }
+                Action::Changed => {
+                    self.publish_status.send_replace(Arc::new(self.owner.status().clone()));
+                    self.publish_view.send_replace(Arc::new(self.owner.log_view().clone()));
+                }
             }
-        }
-        if changed {
-            self.publish_status.send_replace(Arc::new(self.owner.status().clone()));
-            self.publish_view.send_replace(Arc::new(self.owner.log_view().clone()));
-        }
-        for (to, reply) in answers {
-            let _ = to.send(reply);
         }
     }
 

@@ -3,6 +3,7 @@
 //! Nothing here needs root. Each test has its own directory, ports and certificates.
 #![expect(clippy::unwrap_used, reason = "in a test, what must not fail may panic")]
 
+mod clock;
 mod fetch;
 mod machine;
 mod rig;

@@ -1,11 +1,13 @@
 //! Several nodes of one cluster in one process: certificates, hubs, replicas, and a switchable wire between them.
 
-use super::machine::Machine;
-use mars_engine::api::{Cause, Command, Compression, Durability, ReplicaStatus, Switches, Tuning};
+use super::machine::{Machine, Wall};
+use mars_engine::api::{
+    Cause, Command, Compression, DataState, Durability, ReplicaStatus, Switches, Tuning,
+};
 use mars_engine::owner::OpenParams;
 use mars_engine::replication::fetch::Wish;
 use mars_engine::store_fs::FsStore;
-use mars_engine::types::{ClusterId, Designation, NodeId, ReplicaId, ResourceId};
+use mars_engine::types::{ClusterId, Designation, Lamport, NodeId, ReplicaId, ResourceId};
 use mars_node_agent::replication::certs::{CertSource, DirectorySource};
 use mars_node_agent::replication::clock::SharedClock;
 use mars_node_agent::replication::pki::{Authority, NODE_VALIDITY};
@@ -67,6 +69,8 @@ pub(crate) struct Node {
     shape: Shape,
     resource: ResourceId,
     pub(crate) machine: Machine,
+    /// Its wall clock.
+    pub(crate) wall: Wall,
     pub(crate) hub: Hub,
     stop: CancellationToken,
     pub(crate) membership: watch::Sender<Arc<Membership>>,
@@ -143,6 +147,38 @@ impl Cluster {
             ..Wish::default()
         });
     }
+
+    /// Waits until a node has seen something stamped `stamp` or later.
+    pub(crate) async fn until_heard(&self, index: usize, stamp: Lamport) {
+        let deadline = Instant::now() + LIMIT;
+        while self.nodes[index].hub.clock().last() < stamp {
+            assert!(Instant::now() < deadline, "node {index} never hears of {stamp:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// Bytes that follow from a number.
+pub(crate) fn payload(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut bytes);
+    bytes
+}
+
+/// Members that are consistent and follow node 0.
+pub(crate) async fn followed(count: usize, shape: Shape) -> Cluster {
+    let cluster = Cluster::new(count, shape).await;
+    cluster.promote(0, 1, Cause::Create).await;
+    for node in &cluster.nodes[1..] {
+        node.until("consistent after joining", |status| {
+            status.data == DataState::Consistent
+        })
+        .await;
+    }
+    cluster
 }
 
 pub(crate) fn designation(number: u64) -> Designation {
@@ -179,9 +215,11 @@ impl Node {
         FsStore::create_layout(&dir).unwrap();
         let data = File::create_new(dir.join("data")).unwrap();
         data.set_len(shape.size_bytes).unwrap();
-        let machine = open_machine(&dir, cluster.id, cluster.resource, replica, &shape, true);
+        let (wall, clock) = new_clock(Wall::default());
+        let ids = (cluster.id, cluster.resource, replica);
+        let machine = open_machine(&dir, ids, &shape, true, (&wall, &clock));
         machine.order(Command::SetSwitches(all_on())).await.unwrap();
-        let (hub, server, stop) = start_hub(identity, certs.clone(), &shape).await;
+        let (hub, server, stop) = start_hub(identity, certs.clone(), &shape, clock).await;
         let wire = Wire::new(server).await;
         let (membership, wishes) = watch::channel(Arc::default());
         let follower = hub
@@ -197,6 +235,7 @@ impl Node {
             resource: cluster.resource,
             shape,
             machine,
+            wall,
             hub,
             stop,
             membership,
@@ -233,9 +272,10 @@ impl Node {
 
     /// A new agent after `kill`, with the same disk, identity and address.
     pub(crate) async fn restart(&mut self) {
-        let cluster = self.identity.cluster;
-        self.machine = open_machine(&self.dir, cluster, self.resource, self.replica, &self.shape, false);
-        let (hub, server, stop) = start_hub(self.identity, self.certs.clone(), &self.shape).await;
+        let (wall, clock) = new_clock(self.wall.clone());
+        let ids = (self.identity.cluster, self.resource, self.replica);
+        self.machine = open_machine(&self.dir, ids, &self.shape, false, (&wall, &clock));
+        let (hub, server, stop) = start_hub(self.identity, self.certs.clone(), &self.shape, clock).await;
         self.wire.lead_to(server);
         let port = Arc::new(self.machine.clone());
         self.follower = Some(
@@ -257,6 +297,13 @@ impl Node {
                 self.replication()
             ),
         }
+    }
+
+    /// Waits until replication is as wanted.
+    pub(crate) async fn until_replication(&self, what: &str, wanted: impl Fn(&ReplicationStatus) -> bool) {
+        let mut status = self.follower.as_ref().unwrap().status();
+        let waited = tokio::time::timeout(LIMIT, status.wait_for(|status| wanted(status))).await;
+        assert!(waited.is_ok(), "node {}: {what}: {:#?}", self.index, self.replication());
     }
 
     /// Waits until this replica has what `other` has, durably and on its data disk.
@@ -288,13 +335,18 @@ impl Node {
     }
 }
 
+/// The clock of a node, for its messages and its records.
+fn new_clock(wall: Wall) -> (Wall, Arc<SharedClock>) {
+    let asked = wall.clone();
+    (wall, Arc::new(SharedClock::with_wall(move || asked.ns())))
+}
+
 fn open_machine(
     dir: &Path,
-    cluster: ClusterId,
-    resource: ResourceId,
-    replica: ReplicaId,
+    (cluster, resource, replica): (ClusterId, ResourceId, ReplicaId),
     shape: &Shape,
     create: bool,
+    (wall, clock): (&Wall, &SharedClock),
 ) -> Machine {
     let data = File::options().read(true).write(true).open(dir.join("data")).unwrap();
     let store = FsStore::open(dir, data).unwrap();
@@ -313,13 +365,14 @@ fn open_machine(
         },
         seed: *Uuid::new_v4().as_bytes().repeat(2).first_chunk().unwrap(),
     };
-    Machine::start(store, params)
+    Machine::start(store, params, wall.clone(), clock.engine())
 }
 
 async fn start_hub(
     identity: PeerIdentity,
     certs: Arc<dyn CertSource>,
     shape: &Shape,
+    clock: Arc<SharedClock>,
 ) -> (Hub, SocketAddr, CancellationToken) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let server = listener.local_addr().unwrap();
@@ -331,7 +384,7 @@ async fn start_hub(
         lanes: 3,
         ..HubConfig::new(identity.cluster, identity.node)
     };
-    let hub = Hub::new(config, certs, Arc::new(SharedClock::default()));
+    let hub = Hub::new(config, certs, clock);
     let stop = CancellationToken::new();
     let (serving, token) = (hub.clone(), stop.clone());
     tokio::spawn(async move { serving.serve(listener, token).await });

@@ -160,16 +160,16 @@ impl<S: Store> Owner<S> {
     }
 
     /// What the driver must do next; `None` when nothing is left for now.
+    ///
+    /// A change of status comes before the answers that follow from it: who has seen a flush return finds a durable end that covers
+    /// it, wherever he looks.
     pub fn next_action(&mut self) -> Option<Action<S::File>> {
-        if let Some(action) = self.actions.pop_front() {
-            return Some(action);
-        }
         if self.changed {
             self.changed = false;
             self.publish();
             return Some(Action::Changed);
         }
-        None
+        self.actions.pop_front()
     }
 
     /// When `handle(Event::Tick)` is wanted at the latest (on the monotonic clock of [`Now`]).
@@ -202,6 +202,17 @@ impl<S: Store> Owner<S> {
     #[must_use]
     pub fn log_view(&self) -> &LogView {
         &self.view
+    }
+
+    /// From now on this replica stamps with `clock`, the one of its node: whatever a message to or from this node carried, what is
+    /// recorded here later comes after it (and messages come after what was recorded).
+    ///
+    /// A replica whose own log is stamped more than 30 days ahead keeps a clock of its own, so that it carries nobody away.
+    pub fn share_clock(&mut self, clock: &LamportClock, now: Now) {
+        match clock.see(self.clock.last(), now.wall_ns) {
+            Ok(()) => self.clock = clock.clone(),
+            Err(error) => tracing::error!(replica = %self.replica, %error, "the log of this replica has a clock of its own"),
+        }
     }
 
     /// The store, for those who read segments themselves.

@@ -22,7 +22,7 @@ use crate::slot::{Loaded, SLOT_BYTES, SlotError, Slots};
 use crate::state::{SavedRole, SavedState};
 use crate::store::{FileId, SegmentName, Store, StoreFile};
 use crate::summary::Summary;
-use crate::types::{ClusterId, Lsn, Position, ReplicaId, ResourceId};
+use crate::types::{ClusterId, Lamport, Lsn, Position, ReplicaId, ResourceId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::collections::{BTreeMap, VecDeque};
@@ -138,7 +138,7 @@ impl<S: Store> Owner<S> {
         let mut owner = Owner {
             store,
             now,
-            clock: LamportClock::new(saved.clock),
+            clock: saved_clock(&saved, now),
             rng: StdRng::from_seed(params.seed),
             replica: params.replica,
             identity,
@@ -241,6 +241,17 @@ impl<S: Store> Owner<S> {
             None => None,
         };
     }
+}
+
+/// The clock goes on where it was saved. A wall clock that was 30 days ahead and is right again must not keep this replica apart for a
+/// month: then only what is recorded counts.
+fn saved_clock(saved: &SavedState, now: Now) -> LamportClock {
+    let clock = LamportClock::default();
+    if let Err(error) = clock.see(saved.clock, now.wall_ns) {
+        tracing::warn!(replica = %saved.replica, %error, "the saved clock is not used");
+    }
+    let epoch = saved.lineage.0.last().map_or(Lamport::default(), |entry| entry.lamport);
+    LamportClock::new(clock.last().max(saved.applied_time).max(epoch))
 }
 
 fn open_data<S: Store>(store: &S) -> Result<S::File, OpenError> {

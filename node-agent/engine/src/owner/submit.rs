@@ -246,10 +246,15 @@ impl<S: Store> Owner<S> {
         }
     }
 
-    /// Told once everything appended so far is durable.
+    /// Told once everything appended so far is durable, and everybody can know it.
     fn wait_durable(&mut self, then: Then) -> Submitted {
-        if self.log.durable().lsn == self.log.appended().lsn {
+        let appended = self.log.appended().lsn;
+        if self.status.durable.lsn == appended {
             return Submitted::Now(IoResult::Done);
+        }
+        if self.log.durable().lsn == appended {
+            self.tell(then, self.log.appended());
+            return Submitted::Later;
         }
         self.push_waiter(then);
         Submitted::Later

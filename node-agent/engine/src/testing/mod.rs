@@ -7,12 +7,14 @@ mod load;
 pub use load::{Crash, Load};
 
 use crate::api::{
-    Action, Command, CommandId, Compression, Durability, Event, Io, IoResult, JobId, Now, Reply, Submitted, Tuning,
+    Action, Command, CommandId, Compression, Durability, Event, Io, IoResult, JobId, Now, ReplicaStatus, Reply,
+    Submitted, Tuning,
 };
+use crate::clock::LamportClock;
 use crate::jobs::{Job, run_job};
 use crate::owner::{OpenError, OpenParams, Owner};
 use crate::store_sim::{SimFile, SimStore, Survival};
-use crate::types::{ByteRange, ClusterId, ReplicaId, ResourceId};
+use crate::types::{ByteRange, ClusterId, Lsn, ReplicaId, ResourceId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
@@ -34,6 +36,12 @@ pub struct Rig {
     pub params: OpenParams,
     /// The present moment.
     pub now: Now,
+    /// The clock of the running process, for messages and records.
+    pub clock: LamportClock,
+    /// The status that was announced last: what everybody outside knows.
+    announced: Option<ReplicaStatus>,
+    /// The durable end that was announced when a request was answered later.
+    announced_at: BTreeMap<Tag, Lsn>,
     owner: Option<Owner<SimStore>>,
     rng: StdRng,
     jobs: Vec<(JobId, Job<SimFile>)>,
@@ -44,6 +52,8 @@ pub struct Rig {
     pub hold: fn(&Job<SimFile>) -> bool,
     /// Looks at every job just before it is run.
     pub watch: fn(&Rig, &Job<SimFile>),
+    /// The driver is busy with something else: it hands things in and looks for actions later.
+    pub busy: bool,
 }
 
 /// Parameters of a replica: small segments and a small budget, so that everything happens often.
@@ -102,6 +112,9 @@ impl Rig {
                 mono: Duration::from_secs(1),
                 wall_ns: 1_700_000_000_000_000_000,
             },
+            clock: LamportClock::default(),
+            announced: None,
+            announced_at: BTreeMap::new(),
             owner: None,
             rng: StdRng::seed_from_u64(seed ^ 0x5eed),
             jobs: Vec::new(),
@@ -110,6 +123,7 @@ impl Rig {
             next_id: 1,
             hold: |_| false,
             watch: |_, _| {},
+            busy: false,
         }
     }
 
@@ -118,7 +132,9 @@ impl Rig {
     /// # Errors
     /// What `Owner::open` says.
     pub fn open(&mut self) -> Result<(), OpenError> {
-        let owner = Owner::open(self.store.clone(), self.params, self.now)?;
+        let mut owner = Owner::open(self.store.clone(), self.params, self.now)?;
+        self.clock = LamportClock::default();
+        owner.share_clock(&self.clock, self.now);
         self.params.create = None;
         self.params.seed[31] = self.params.seed[31].wrapping_add(1);
         self.owner = Some(owner);
@@ -161,6 +177,8 @@ impl Rig {
         self.jobs.clear();
         self.replies.clear();
         self.completions.clear();
+        self.announced = None;
+        self.announced_at.clear();
         self.store.never_crash();
     }
 
@@ -299,6 +317,18 @@ impl Rig {
         self.completions.contains_key(&tag)
     }
 
+    /// The durable end that everybody could know when a request was answered later.
+    #[must_use]
+    pub fn announced_at(&self, tag: Tag) -> Option<Lsn> {
+        self.announced_at.get(&tag).copied()
+    }
+
+    /// The durable end that everybody can know now.
+    #[must_use]
+    pub fn announced(&self) -> Option<Lsn> {
+        self.announced.as_ref().map(|status| status.durable.lsn)
+    }
+
     /// The answer to a block request that was answered later, once.
     pub fn completion(&mut self, tag: Tag) -> Option<IoResult> {
         self.completions.remove(&tag)
@@ -346,7 +376,7 @@ impl Rig {
     }
 
     fn collect(&mut self) {
-        if self.store.is_dead() {
+        if self.store.is_dead() || self.busy {
             return;
         }
         let Some(owner) = &mut self.owner else { return };
@@ -355,13 +385,15 @@ impl Rig {
                 Action::Complete { tag, result } => {
                     let twice = self.completions.insert(tag, result);
                     assert!(twice.is_none(), "request {tag} was answered twice");
+                    let known = self.announced.as_ref().map_or(Lsn::ZERO, |status| status.durable.lsn);
+                    self.announced_at.insert(tag, known);
                 }
                 Action::Job(id, job) => self.jobs.push((id, job)),
                 Action::Reply(id, reply) => {
                     let twice = self.replies.insert(id, reply);
                     assert!(twice.is_none(), "command {id} was answered twice");
                 }
-                Action::Changed => {}
+                Action::Changed => self.announced = Some(owner.status().clone()),
             }
         }
         let (deadline, now) = (owner.next_deadline(), self.now.mono);

@@ -413,6 +413,11 @@ pub fn gossip(nodes: &mut [Node], ids: &[ReplicaId], from: usize, to: usize) {
     if !nodes[from].is_up() || !nodes[to].is_up() {
         return;
     }
+    // A message carries a stamp, and what its receiver records afterwards comes later.
+    let stamp = nodes[from].rig.clock.stamp(nodes[from].rig.now.wall_ns);
+    let wall_ns = nodes[to].rig.now.wall_ns;
+    let seen = nodes[to].rig.clock.see(stamp, wall_ns);
+    seen.expect("simulated clocks are hours apart, not months");
     let told = nodes[from].tells();
     let (peer, durable) = (ids[from], told.durable);
     nodes[to].heard.insert(from, told);

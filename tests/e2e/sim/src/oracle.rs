@@ -1,7 +1,7 @@
 //! Remembers every record that was ever durable anywhere, and what a device holds at each point of a history.
 //!
 //! Invariants it checks: one (epoch, LSN) names one record for ever, on whatever replica it is found (P3, P7, P10); a consistent data disk with
-//! nothing under way equals the history up to its applied position, byte for byte (P5, P11).
+//! nothing under way equals the history up to its applied position, byte for byte (P5, P11); stamps ascend along every history.
 
 use mars_engine::api::LogView;
 use mars_engine::format::record::{Record, RecordKind};
@@ -22,6 +22,23 @@ struct Epoch {
 }
 
 impl Epoch {
+    /// Whatever the clocks of the nodes do: stamps ascend along a history, and its epochs begin between them.
+    fn check_stamps(&self, at: Lsn, record: &Record) {
+        let stamp = record.header.lamport;
+        let before = self.records.range(..at.0).next_back().map(|(_, record)| record.header.lamport);
+        assert!(
+            before.unwrap_or(self.entry.lamport) < stamp,
+            "the record at {at} of epoch {} is stamped before its predecessor",
+            self.entry.id
+        );
+        let after = self.records.range(at.0 + 1..).next();
+        assert!(
+            after.is_none_or(|(_, after)| stamp < after.header.lamport),
+            "the record at {at} of epoch {} is stamped after its successor",
+            self.entry.id
+        );
+    }
+
     fn extend(&mut self) {
         while let Some(record) = self.records.get(&self.known_to.0) {
             self.known_to = self.known_to.advance(record.lsn_bytes());
@@ -82,6 +99,7 @@ impl Oracle {
                             before.is_none_or(|before| before == *record),
                             "node {who} holds another record at {at} of epoch {epoch}"
                         );
+                        known.check_stamps(at, record);
                         at = at.advance(record.lsn_bytes());
                         self.records_checked += 1;
                     }

@@ -25,6 +25,9 @@ mod heal;
 /// Size of the simulated device (bytes): three regions of a sync.
 const DEVICE_BYTES: u64 = 768 << 10;
 
+/// An hour (nanoseconds).
+const HOUR_NS: u64 = 3600 * 1_000_000_000;
+
 /// What to run.
 #[derive(Debug, Clone, Copy)]
 pub struct Config {
@@ -240,6 +243,13 @@ impl World {
         let by = Duration::from_micros(self.rng.random_range(100..60_000));
         for node in &mut self.nodes {
             node.rig.advance(by);
+        }
+        if self.rng.random_ratio(1, 64) {
+            // Somebody sets a clock, by hours, forward or back.
+            let at = self.any();
+            let wall_ns = self.nodes[at].rig.now.wall_ns;
+            let off_ns = self.rng.random_range(0..12 * HOUR_NS);
+            self.nodes[at].rig.now.wall_ns = wall_ns / (24 * HOUR_NS) * (24 * HOUR_NS) + off_ns;
         }
     }
 

@@ -373,3 +373,39 @@ fn requests_outside_the_device_are_refused_with_the_right_errno() {
         28
     );
 }
+
+/// Requests come in between a job's return and the moment at which its consequences are announced: the answers wait for that.
+#[test]
+fn whoever_has_seen_a_flush_return_finds_a_published_durable_end_that_covers_it() {
+    for_seeds(20, |seed| {
+        let mut rig = primary(seed);
+        rig.settle();
+        let mut end = rig.owner().status().durable.lsn;
+        let mut flushes = Vec::new();
+        for _ in 0..300 {
+            rig.busy = rig.rng().random_bool(0.4);
+            match rig.rng().random_range(0..4) {
+                0 | 1 => {
+                    let write = Io::Write {
+                        offset: 4096,
+                        data: &[5; 512],
+                        fua: false,
+                    };
+                    assert_eq!(rig.submit(write).1, Submitted::Now(IoResult::Done));
+                    end = end.advance(40 + 512);
+                }
+                2 => match rig.submit(Io::Flush) {
+                    (_, Submitted::Now(_)) => assert!(rig.announced().unwrap() >= end, "answered, not announced"),
+                    (tag, Submitted::Later) => flushes.push((tag, end)),
+                },
+                _ => drop(rig.run_one_job()),
+            }
+        }
+        rig.busy = false;
+        rig.settle();
+        assert!(flushes.len() > 10, "no flush waited");
+        for (tag, end) in flushes {
+            assert!(rig.announced_at(tag).expect("answered") >= end, "answered before it was announced");
+        }
+    });
+}
