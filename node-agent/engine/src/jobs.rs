@@ -4,8 +4,8 @@
 //! most once; one that is lost with its process is made up for by recovery.
 
 use crate::api::{LogView, SegmentView};
-use crate::chain;
 use crate::format::record::Record;
+use crate::format::segment::SEGMENT_HEADER_BYTES;
 use crate::log::reader::{LogReader, Next, ReadError};
 use crate::log::{Rewritten, TailRewrite};
 use crate::overlay::{Content, Piece};
@@ -23,12 +23,14 @@ use std::io;
 pub enum Job<F> {
     /// Make all completed writes to these files durable.
     Sync(Vec<F>),
-    /// Create a file of zeros.
+    /// Create a file of zeros; of a segment, only the header need be zeros.
     Create {
         /// Which.
         id: FileId,
         /// How long (bytes).
         len: u64,
+        /// Made from this spare, if nobody reads it any more. It is gone afterwards, whatever comes of it.
+        spare: Option<SegmentName>,
     },
     /// Remove files, durably.
     Remove(Vec<FileId>),
@@ -75,6 +77,8 @@ pub enum Job<F> {
         view: LogView,
         /// How many of the oldest go.
         segments: usize,
+        /// Those among them that become spares.
+        spares: Vec<SegmentName>,
         /// Summaries that nobody needs any more.
         summaries: Vec<SegmentName>,
     },
@@ -133,7 +137,7 @@ pub enum JobOutcome<F> {
 pub fn run_job<S: Store>(store: &S, job: Job<S::File>) -> JobOutcome<S::File> {
     match job {
         Job::Sync(files) => JobOutcome::Done(files.iter().try_for_each(StoreFile::sync)),
-        Job::Create { id, len } => JobOutcome::File(store.create(&id, len)),
+        Job::Create { id, len, spare } => JobOutcome::File(make(store, &id, len, spare)),
         Job::Remove(ids) => JobOutcome::Done(
             ids.iter()
                 .try_for_each(|id| store.remove(id))
@@ -158,8 +162,9 @@ pub fn run_job<S: Store>(store: &S, job: Job<S::File>) -> JobOutcome<S::File> {
         Job::Retire {
             view,
             segments,
+            spares,
             summaries,
-        } => JobOutcome::Done(retire(store, &view, segments, &summaries)),
+        } => JobOutcome::Done(retire(store, &view, segments, &spares, &summaries)),
     }
 }
 
@@ -224,19 +229,23 @@ fn read_log<S: Store>(
             Next::End => break,
             Next::Epoch(entry) => at.epoch = entry.id,
             Next::Records(chunk) => {
-                for record in chunk.into_records() {
-                    at.chain = chain::advance(at.chain, at.epoch, &record.header, &record.payload);
-                    at.lsn = at.lsn.advance(record.lsn_bytes());
-                    records.push((record, at));
-                }
+                at = chunk.end();
+                records.extend(chunk.into_steps());
             }
         }
     }
     Ok(LogRun { records, reader, at })
 }
 
-/// Summaries first, then the segments go, oldest first, so that a crash in between leaves a log without gaps.
-fn retire<S: Store>(store: &S, view: &LogView, segments: usize, summaries: &[SegmentName]) -> io::Result<()> {
+/// Summaries first, then the segments go, oldest first, so that a crash in between leaves a log without gaps. What becomes of their
+/// files is no matter of the log.
+fn retire<S: Store>(
+    store: &S,
+    view: &LogView,
+    segments: usize,
+    spares: &[SegmentName],
+    summaries: &[SegmentName],
+) -> io::Result<()> {
     for index in 0..segments {
         let (segment, next) = (&view.segments[index], &view.segments[index + 1]);
         if summaries.contains(&segment.name) {
@@ -248,12 +257,48 @@ fn retire<S: Store>(store: &S, view: &LogView, segments: usize, summaries: &[Seg
             tracing::warn!(segment = %segment.name, %error, "no summary of a log segment that goes");
         }
     }
-    let gone = view.segments[..segments]
+    for name in view.segments[..segments].iter().map(|segment| segment.name) {
+        // First out of the log, under another name; overwritten only when that is durable.
+        let kept = spares.contains(&name) && store.rename(&FileId::Segment(name), &FileId::Spare(name)).is_ok();
+        if !kept {
+            store.remove(&FileId::Segment(name))?;
+        }
+    }
+    summaries
         .iter()
-        .map(|segment| FileId::Segment(segment.name));
-    let gone = gone.chain(summaries.iter().map(|name| FileId::Summary(*name)));
-    gone.into_iter().try_for_each(|id| store.remove(&id))?;
+        .try_for_each(|name| store.remove(&FileId::Summary(*name)))?;
     store.sync_dir()
+}
+
+/// A segment from a spare if possible: its blocks are written already, and writing the log once is enough.
+fn make<S: Store>(store: &S, id: &FileId, len: u64, spare: Option<SegmentName>) -> io::Result<S::File> {
+    if let Some(spare) = spare.map(FileId::Spare) {
+        match recycle(store, &spare, id, len) {
+            Ok(Some(file)) => return Ok(file),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(?spare, %error, "a spare log file cannot be used"),
+        }
+        store.remove(&spare)?;
+        // It may have its new name already, without that being durable.
+        store.remove(id)?;
+    }
+    store.create(id, len)
+}
+
+/// Only the header is cleared: checksums are seeded with it, so nothing that stands behind it will ever fit. `None`: somebody still reads
+/// what the spare was, or its length is another.
+fn recycle<S: Store>(store: &S, spare: &FileId, id: &FileId, len: u64) -> io::Result<Option<S::File>> {
+    let Some(file) = store.open_alone(spare)? else {
+        return Ok(None);
+    };
+    if file.size()? != len {
+        return Ok(None);
+    }
+    file.write_at(&[&[0; SEGMENT_HEADER_BYTES]], 0)?;
+    file.sync()?;
+    store.rename(spare, id)?;
+    store.sync_dir()?;
+    Ok(Some(file))
 }
 
 fn summarize<S: Store>(store: &S, view: &LogView, segment: &SegmentView, next: &SegmentView) -> io::Result<()> {

@@ -241,6 +241,7 @@ mod tests {
             file_offset: 4096,
             lsn: Lsn(250),
             class: TailClass::Digest,
+            ended: false,
         };
         let damaged = LogFacts {
             end: at(1, 250),

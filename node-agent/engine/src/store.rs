@@ -18,6 +18,8 @@ pub enum FileId {
     Slot(u8),
     /// One transaction log segment, `log-<9 digits>-<origin>`.
     Segment(SegmentName),
+    /// A file that was this segment and waits to become another one. No part of the log, whatever is in it.
+    Spare(SegmentName),
     /// Extents touched by a segment, kept longer than the segment itself.
     Summary(SegmentName),
 }
@@ -87,17 +89,29 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// # Errors
     /// `NotFound` or any I/O error.
     fn open(&self, id: &FileId) -> io::Result<Self::File>;
+    /// Opens an existing file that nobody else has open, in this process or another; `None` while somebody has, or when that
+    /// cannot be known.
+    ///
+    /// # Errors
+    /// `NotFound` or any I/O error.
+    fn open_alone(&self, id: &FileId) -> io::Result<Option<Self::File>>;
+    /// Gives a log file another name; durable after the next `sync_dir`. Refuses to replace an existing file. Open files stay open. Never
+    /// used for [`FileId::Data`].
+    ///
+    /// # Errors
+    /// `NotFound`, `AlreadyExists`, or any I/O error.
+    fn rename(&self, from: &FileId, to: &FileId) -> io::Result<()>;
     /// Removes a log, summary or slot file; durable after the next `sync_dir`. Never used for [`FileId::Data`].
     ///
     /// # Errors
     /// Any I/O error; a file that is not there is no error.
     fn remove(&self, id: &FileId) -> io::Result<()>;
-    /// All segments and summaries that exist, in no particular order.
+    /// All segments, spares and summaries that exist, in no particular order.
     ///
     /// # Errors
     /// Any I/O error.
     fn list(&self) -> io::Result<Vec<FileId>>;
-    /// Makes creations and removals durable.
+    /// Makes creations, removals and new names durable.
     ///
     /// # Errors
     /// Any I/O error.

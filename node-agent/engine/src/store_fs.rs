@@ -3,16 +3,20 @@
 //! ```text
 //! <replica directory>/slot-0, slot-1            saved state
 //!                    /log/log-000000001-0123abcd  segments
+//!                    /log/spare-000000001-0123abcd  what was a segment and will be another one
 //!                    /summary/log-000000001-0123abcd  touched extents
 //! ```
 //! The data disk comes in as an open file: whoever opened it holds it exclusively (`O_EXCL` on a block device).
+//!
+//! Whoever has a segment open holds a shared `flock` on it, for as long as any clone of the open file lives: so a spare is taken for a new
+//! segment only when no reader of the old one is left, in whatever process.
 //!
 //! Invariants: nothing is created except by `create` and `create_layout`; a layout that is missing is an error, never made up
 //! for. A file has all its blocks written and is in its directory durably before anybody gets it.
 
 use crate::store::{FileId, SegmentName, Store, StoreFile};
 use crate::types::ByteRange;
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -25,6 +29,8 @@ const FILL_BYTES: usize = 1 << 20;
 static ZEROS: [u8; FILL_BYTES] = [0; FILL_BYTES];
 const LOG_DIR: &str = "log";
 const SUMMARY_DIR: &str = "summary";
+const SEGMENT: &str = "log-";
+const SPARE: &str = "spare-";
 
 /// The files of one replica.
 #[derive(Debug, Clone)]
@@ -107,19 +113,26 @@ impl FsStore {
             FileId::Data => unreachable!("the data disk is not in the directory"),
             FileId::Slot(index) => (&shared.root, format!("slot-{index}")),
             FileId::Segment(name) => (&shared.log, name.to_string()),
+            FileId::Spare(name) => (&shared.log, format!("{SPARE}{}", &name.to_string()[SEGMENT.len()..])),
             FileId::Summary(name) => (&shared.summary, name.to_string()),
         }
+    }
+
+    fn open_existing(&self, id: &FileId) -> io::Result<FsFile> {
+        let (dir, name) = self.place(id);
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        FsFile::new(File::from(rustix::fs::openat(dir, &name, flags, Mode::empty())?))
     }
 
     fn sync_dir_fd(dir: &OwnedFd) -> io::Result<()> {
         Ok(rustix::fs::fsync(dir)?)
     }
 
-    fn list_dir(&self, dir: &OwnedFd, make: fn(SegmentName) -> FileId, into: &mut Vec<FileId>) -> io::Result<()> {
+    fn list_dir(&self, dir: &OwnedFd, parse: fn(&str) -> Option<FileId>, into: &mut Vec<FileId>) -> io::Result<()> {
         for entry in rustix::fs::Dir::read_from(dir)? {
             let entry = entry?;
-            match entry.file_name().to_str().ok().and_then(parse_segment_name) {
-                Some(name) => into.push(make(name)),
+            match entry.file_name().to_str().ok().and_then(parse) {
+                Some(id) => into.push(id),
                 None if matches!(entry.file_name().to_bytes(), b"." | b".." | b"lost+found") => {}
                 None => {
                     let path = &self.shared.path;
@@ -131,9 +144,17 @@ impl FsStore {
     }
 }
 
+/// A file of the log directory.
+fn parse_log_file(text: &str) -> Option<FileId> {
+    match text.strip_prefix(SPARE) {
+        Some(rest) => parse_segment_name(&format!("{SEGMENT}{rest}")).map(FileId::Spare),
+        None => parse_segment_name(text).map(FileId::Segment),
+    }
+}
+
 /// Reads `log-<9 or more digits>-<8 hexadecimal digits>`; only the form that is written.
 fn parse_segment_name(text: &str) -> Option<SegmentName> {
-    let (number, origin) = text.strip_prefix("log-")?.split_once('-')?;
+    let (number, origin) = text.strip_prefix(SEGMENT)?.split_once('-')?;
     let name = SegmentName {
         number: number.parse().ok()?,
         origin: u32::from_str_radix(origin, 16).ok()?,
@@ -150,6 +171,7 @@ impl Store for FsStore {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let fd = rustix::fs::openat(dir, &name, flags, Mode::RUSR | Mode::WUSR)?;
         let file = FsFile::new(File::from(fd))?;
+        file.mark_open(id);
         let filled = file
             .fill(len)
             .and_then(|()| file.file.sync_all())
@@ -167,9 +189,31 @@ impl Store for FsStore {
         if *id == FileId::Data {
             return Ok(self.shared.data.clone());
         }
-        let (dir, name) = self.place(id);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        FsFile::new(File::from(rustix::fs::openat(dir, &name, flags, Mode::empty())?))
+        let file = self.open_existing(id)?;
+        file.mark_open(id);
+        Ok(file)
+    }
+
+    fn open_alone(&self, id: &FileId) -> io::Result<Option<FsFile>> {
+        assert!(*id != FileId::Data, "the data disk is always open");
+        let file = self.open_existing(id)?;
+        if rustix::fs::flock(&*file.file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Ok(None);
+        }
+        // From now on others may read it, too.
+        rustix::fs::flock(&*file.file, FlockOperation::NonBlockingLockShared)?;
+        Ok(Some(file))
+    }
+
+    fn rename(&self, from: &FileId, to: &FileId) -> io::Result<()> {
+        let ((from_dir, from), (to_dir, to)) = (self.place(from), self.place(to));
+        Ok(rustix::fs::renameat_with(
+            from_dir,
+            from,
+            to_dir,
+            to,
+            RenameFlags::NOREPLACE,
+        )?)
     }
 
     fn remove(&self, id: &FileId) -> io::Result<()> {
@@ -183,8 +227,9 @@ impl Store for FsStore {
 
     fn list(&self) -> io::Result<Vec<FileId>> {
         let mut files = Vec::new();
-        self.list_dir(&self.shared.log, FileId::Segment, &mut files)?;
-        self.list_dir(&self.shared.summary, FileId::Summary, &mut files)?;
+        self.list_dir(&self.shared.log, parse_log_file, &mut files)?;
+        let summary = |text: &str| parse_segment_name(text).map(FileId::Summary);
+        self.list_dir(&self.shared.summary, summary, &mut files)?;
         Ok(files)
     }
 
@@ -208,6 +253,15 @@ impl FsFile {
             file: Arc::new(file),
             is_block_device,
         })
+    }
+
+    /// A segment that is open is not recycled. Where the file system knows no locks, `open_alone` fails, and nothing ever is.
+    fn mark_open(&self, id: &FileId) {
+        if matches!(id, FileId::Segment(_))
+            && let Err(error) = rustix::fs::flock(&*self.file, FlockOperation::NonBlockingLockShared)
+        {
+            tracing::debug!(?id, %error, "an open segment is not marked as such");
+        }
     }
 
     /// Writes `len` zeros from the start: written blocks, not unwritten extents, so that later syncs change no metadata.
@@ -243,9 +297,10 @@ impl StoreFile for FsFile {
         let done = match parts {
             [one] => pwrite_once(&self.file, &[IoSlice::new(one)], offset)?,
             [one, two] => pwrite_once(&self.file, &[IoSlice::new(one), IoSlice::new(two)], offset)?,
-            [one, two, three] => pwrite_once(
+            [one, two, three] => pwrite_once(&self.file, &[one, two, three].map(|part| IoSlice::new(part)), offset)?,
+            [one, two, three, four] => pwrite_once(
                 &self.file,
-                &[IoSlice::new(one), IoSlice::new(two), IoSlice::new(three)],
+                &[one, two, three, four].map(|part| IoSlice::new(part)),
                 offset,
             )?,
             _ => 0,
@@ -328,7 +383,7 @@ fn pwrite_once(file: &File, slices: &[IoSlice<'_>], offset: u64) -> io::Result<u
 const MAX_PARTS: usize = 1024;
 
 impl FsFile {
-    /// What a short write left, and lists of more than three parts.
+    /// What a short write left, and lists of more than four parts.
     #[cold]
     fn write_rest(&self, parts: &[&[u8]], offset: u64, mut done: usize) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len()).sum();

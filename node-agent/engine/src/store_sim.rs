@@ -9,7 +9,7 @@
 //!   dead process fail from then on. A write under way may have been done up to any page.
 //! - **Power loss** ([`SimStore::power_loss`]) loses what was not synced: every dirty sector (512 bytes) on its own reaches the
 //!   disk or not, in any order, whole or torn. A torn sector holds neither its old nor its new bytes. Creations,
-//!   removals and file lengths that were not synced happen or not.
+//!   removals and file lengths that were not synced happen or not; a renamed file may be there under both names, or none.
 //! - The kernel may write back a dirty page at any time: an older version of unsynced bytes may be what survives.
 //! - **A failed `sync`** marks the dirty sectors clean without writing them. Reads still return them, the next `sync`
 //!   succeeds, and they are gone at the next power loss: the behaviour of real kernels that makes retries worthless.
@@ -212,6 +212,19 @@ impl Store for SimStore {
     fn open(&self, id: &FileId) -> io::Result<SimFile> {
         let (inode, token) = self.lock().open(self.generation, id)?;
         Ok(self.file(id, inode, token))
+    }
+
+    fn open_alone(&self, id: &FileId) -> io::Result<Option<SimFile>> {
+        let opened = self.lock().open_alone(self.generation, id)?;
+        Ok(opened.map(|(inode, token)| self.file(id, inode, token)))
+    }
+
+    fn rename(&self, from: &FileId, to: &FileId) -> io::Result<()> {
+        assert!(
+            *from != FileId::Data && *to != FileId::Data,
+            "the data disk is never renamed"
+        );
+        self.lock().rename(self.generation, from, to)
     }
 
     fn remove(&self, id: &FileId) -> io::Result<()> {

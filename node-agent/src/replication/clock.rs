@@ -16,7 +16,9 @@ pub struct SharedClock {
 
 impl fmt::Debug for SharedClock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SharedClock").field("last", &self.last()).finish_non_exhaustive()
+        f.debug_struct("SharedClock")
+            .field("last", &self.last())
+            .finish_non_exhaustive()
     }
 }
 

@@ -1,9 +1,7 @@
 //! Several nodes of one cluster in one process: certificates, hubs, replicas, and a switchable wire between them.
 
 use super::machine::{Machine, Wall};
-use mars_engine::api::{
-    Cause, Command, Compression, DataState, Durability, ReplicaStatus, Switches, Tuning,
-};
+use mars_engine::api::{Cause, Command, Compression, DataState, Durability, ReplicaStatus, Switches, Tuning};
 use mars_engine::owner::OpenParams;
 use mars_engine::replication::fetch::Wish;
 use mars_engine::store_fs::FsStore;
@@ -302,8 +300,8 @@ impl Node {
     /// Waits until replication is as wanted.
     pub(crate) async fn until_replication(&self, what: &str, wanted: impl Fn(&ReplicationStatus) -> bool) {
         let mut status = self.follower.as_ref().unwrap().status();
-        let waited = tokio::time::timeout(LIMIT, status.wait_for(|status| wanted(status))).await;
-        assert!(waited.is_ok(), "node {}: {what}: {:#?}", self.index, self.replication());
+        let came = tokio::time::timeout(LIMIT, status.wait_for(|status| wanted(status))).await;
+        assert!(came.is_ok(), "node {}: {what}: {:#?}", self.index, self.replication());
     }
 
     /// Waits until this replica has what `other` has, durably and on its data disk.

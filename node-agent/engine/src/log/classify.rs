@@ -28,6 +28,15 @@ pub enum TailClass {
 }
 
 impl TailClass {
+    /// Neither a batch nor a record of the segment it stands in, whole or damaged.
+    #[must_use]
+    pub(super) fn is_nothing_of_ours(self) -> bool {
+        match self {
+            Self::Zero | Self::Recycled | Self::Foreign | Self::Repeated => true,
+            Self::SequenceJump | Self::Digest | Self::Header | Self::Truncated => false,
+        }
+    }
+
     /// The word for it.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -31,6 +31,9 @@ pub struct Stop {
     pub lsn: Lsn,
     /// What stands there.
     pub class: TailClass,
+    /// The log just ended here: an end mark, and nothing behind it that this segment wrote. Left-overs of an earlier life of the file
+    /// do not matter.
+    pub ended: bool,
 }
 
 /// One step of a walk.
@@ -173,11 +176,16 @@ impl<F: StoreFile> Cursor<F> {
         let mut here = TailClass::Zero;
         let mut here_offset = self.offset;
         loop {
+            let mut marked = true;
             if let Some(batch) = self.batch {
                 match self.try_record(batch, limit)? {
                     Ok(record) => return Ok(Step::Record(record)),
-                    Err(class) if here == TailClass::Zero => (here, here_offset) = (class, self.offset),
-                    Err(_) => {}
+                    Err(class) => {
+                        marked = class == TailClass::Zero;
+                        if here == TailClass::Zero {
+                            (here, here_offset) = (class, self.offset);
+                        }
+                    }
                 }
             }
             let boundary = align_up(self.offset);
@@ -190,18 +198,27 @@ impl<F: StoreFile> Cursor<F> {
                 } else {
                     (class, boundary)
                 };
-                return Ok(Step::Stop(self.stop(file_offset, class)));
+                let ended = marked && class.is_nothing_of_ours();
+                return Ok(Step::Stop(self.stop(file_offset, class, ended)));
             }
         }
     }
 
-    fn stop(&self, file_offset: u64, class: TailClass) -> Stop {
+    fn stop(&self, file_offset: u64, class: TailClass, ended: bool) -> Stop {
         Stop {
             segment: self.header.name,
             file_offset,
             lsn: self.at.lsn,
             class,
+            ended,
         }
+    }
+
+    /// Whether the file is still this segment. A file is cleared of its header, durably, before anything else is written into it: what was
+    /// read before this says yes was read from this segment.
+    pub(super) fn is_still_there(&self) -> io::Result<bool> {
+        let found = Self::read_header(&self.window.file)?;
+        Ok(found.is_ok_and(|(header, crc)| header == self.header && crc == self.header_crc))
     }
 
     /// The record at the present place of this batch, or what stands there instead.

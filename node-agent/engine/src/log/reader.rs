@@ -4,7 +4,8 @@
 //! view at each step; when its segment has left the log meanwhile, it proves its position again in the new one.
 //!
 //! Invariant: the first record comes only after (epoch, LSN, chain) of the start were found in the files, and no byte at or behind
-//! the durable end of the view is ever looked at.
+//! the durable end of the view is ever looked at. A file that is recycled under a reader is noticed before anything read from it comes
+//! out.
 
 use super::TailClass;
 use super::cursor::{Cursor, Step, Stop};
@@ -12,7 +13,7 @@ use crate::api::{LogView, SegmentView};
 use crate::format::FormatError;
 use crate::lineage::EpochEntry;
 use crate::replication::LogChunk;
-use crate::store::{FileId, SegmentName, Store};
+use crate::store::{FileId, SegmentName, Store, StoreFile};
 use crate::types::{Lsn, Position};
 use std::io;
 
@@ -42,6 +43,12 @@ pub enum ReadError {
         wanted: Position,
         /// What the log holds instead.
         found: String,
+    },
+    /// The segment left the log while it was read, and its file holds something else now.
+    #[error("{segment} left the log while it was read: ask again")]
+    Recycled {
+        /// Which one it was.
+        segment: SegmentName,
     },
     /// Durable log is damaged.
     #[error("{}: {} at byte {}, log position {}: durable log is damaged", .0.segment, .0.class, .0.file_offset, .0.lsn)]
@@ -79,7 +86,26 @@ fn defect(segment: SegmentName, lsn: Lsn, class: TailClass) -> ReadError {
         file_offset: 0,
         lsn,
         class,
+        ended: false,
     })
+}
+
+/// What a walk that cannot go on means: damage, or a file that became another segment meanwhile.
+fn stopped<F: StoreFile>(cursor: &Cursor<F>, stop: Stop) -> ReadError {
+    match still_there(cursor) {
+        Ok(()) => ReadError::Defect(stop),
+        Err(error) => error,
+    }
+}
+
+fn still_there<F: StoreFile>(cursor: &Cursor<F>) -> Result<(), ReadError> {
+    let segment = cursor.header().name;
+    let found = cursor.is_still_there();
+    if found.map_err(io_error("read the header of", segment))? {
+        Ok(())
+    } else {
+        Err(ReadError::Recycled { segment })
+    }
 }
 
 /// Where the content of `segment` ends in this view.
@@ -116,10 +142,11 @@ impl<S: Store> LogReader<S> {
             let name = view.segments[index].name;
             match cursor.next(limit).map_err(io_error("read", name))? {
                 Step::Record(_) => {}
-                Step::Stop(stop) => return Err(ReadError::Defect(stop)),
+                Step::Stop(stop) => return Err(stopped(&cursor, stop)),
                 Step::Limit => break,
             }
         }
+        still_there(&cursor)?;
         let at = cursor.at();
         if at != from {
             let found = format!("leads through {at}");
@@ -205,25 +232,21 @@ impl<S: Store> LogReader<S> {
     fn read(&mut self, start: Position, end: Lsn, until: Lsn, max_bytes: u64) -> Result<Option<LogChunk>, ReadError> {
         let name = self.cursor.header().name;
         self.cursor.forget_window();
-        let mut records = Vec::new();
+        let mut walked = Vec::new();
         let mut bytes = 0;
-        while bytes < max_bytes || records.is_empty() {
+        while bytes < max_bytes || walked.is_empty() {
             match self.cursor.next(end.min(until)).map_err(io_error("read", name))? {
                 Step::Record(record) => {
                     bytes += record.lsn_bytes();
-                    records.push(record);
+                    walked.push((record, self.cursor.at().chain));
                 }
                 Step::Limit => break,
                 Step::Stop(stop) if until < end && stop.class == TailClass::SequenceJump => break,
-                Step::Stop(stop) => return Err(ReadError::Defect(stop)),
+                Step::Stop(stop) => return Err(stopped(&self.cursor, stop)),
             }
         }
-        if records.is_empty() {
-            return Ok(None);
-        }
-        let chunk = LogChunk::build(start, records).map_err(|_| defect(name, start.lsn, TailClass::Foreign))?;
-        assert_eq!(chunk.end(), self.cursor.at(), "a chunk ends where its reader stands");
-        Ok(Some(chunk))
+        still_there(&self.cursor)?;
+        Ok(LogChunk::walked(start, self.cursor.at(), walked))
     }
 
     /// Goes on in the next segment; says so when an epoch begins with it.

@@ -148,8 +148,7 @@ pub fn decide(end: Lsn, stop: &Stop, known_durable: Lsn, anything_beyond: bool, 
             durable: known_durable,
         };
     }
-    let clean = stop.class == TailClass::Zero && !anything_beyond;
-    if same_boot && clean {
+    if same_boot && stop.ended && !anything_beyond {
         Verdict::Continue
     } else {
         Verdict::Cut
@@ -339,6 +338,7 @@ impl<F: StoreFile> Walk<F> {
                 file_offset: 0,
                 lsn: at.lsn,
                 class,
+                ended: false,
             }));
         }
         if !same_epoch && self.tail_start.is_some() {

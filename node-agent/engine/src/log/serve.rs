@@ -67,6 +67,9 @@ fn refused(error: ReadError, at: Position) -> Refused {
             let message = format!("{}: {} at byte {}", stop.segment, stop.class, stop.file_offset);
             Refused::Defect { at: stop.lsn, message }
         }
+        error @ ReadError::Recycled { .. } => Refused::Busy {
+            message: error.to_string(),
+        },
         ReadError::Io { what, source } => Refused::Io {
             message: format!("{what}: {source}"),
         },

@@ -1,7 +1,8 @@
 //! Appends records to the current segment, one `pwritev` each, and keeps track of what is durable.
 //!
 //! # How it goes
-//! An append writes its record behind the last one; the first of a batch brings the batch header along, in the same write.
+//! An append writes its record behind the last one, and an end mark behind it; the first of a batch brings the batch header along, in the
+//! same write.
 //! [`LogWriter::begin_sync`] closes the batch and moves the append position to the next block, so that no sector of it is
 //! ever written again; when the sync is done, everything up to the captured end is durable. At most one sync is under way.
 //! Segments are made by somebody else, beforehand ([`LogWriter::next_prepared`], [`LogWriter::add_prepared`]).
@@ -11,20 +12,24 @@
 //! still here, and [`LogWriter::begin_rewrite`] turns them into a [`TailRewrite`](super::TailRewrite): work that puts them into a new segment
 //! that begins at the durable end. Recovery after a restart is the same thing: a writer that begins poisoned.
 //!
+//! # The chain
+//! What was appended can be read after the death of the process, so it may be acknowledged before its payload is hashed. The chain is needed
+//! where a batch or a segment begins and where a position is told; [`LogWriter::chain_up`] brings it to the end, and whoever drives the
+//! log calls it when nobody waits.
+//!
 //! Invariants: `durable ≤ appended`; the kept tail leads exactly from `durable` to `appended`; no byte at or below a position that
-//! was captured by `begin_sync` is written afterwards.
+//! was captured by `begin_sync` is written afterwards; what was captured is chained.
 
 use super::rewrite::TailItem;
 use super::{SegmentMeta, align_up};
 use crate::api::{Compression, LogView, SegmentView};
-use crate::chain;
 use crate::format::FormatError;
 use crate::format::batch::{BATCH_HEADER_BYTES, BatchHeader};
 use crate::format::record::{HEADER_LEN, Record, RecordHeader, RecordKind};
 use crate::format::segment::{FIRST_BATCH_OFFSET, LogIdentity, SegmentHeader};
 use crate::lineage::{EpochEntry, Lineage};
 use crate::store::{SegmentName, Store, StoreFile};
-use crate::types::{ByteRange, Lamport, Position};
+use crate::types::{ByteRange, Lamport, Lsn, Position};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::io;
@@ -52,6 +57,12 @@ struct Current<F> {
     dirty: bool,
 }
 
+/// Zeros where the next record will stand: in a file that was another segment before, they tell "nothing came after" from "something came, and
+/// was torn". The next record, or the next batch, overwrites them.
+fn end_mark(room: u64) -> &'static [u8] {
+    &[0; HEADER_LEN][..usize::try_from(room).map_or(HEADER_LEN, |room| room.min(HEADER_LEN))]
+}
+
 /// A created, empty segment.
 #[derive(Debug)]
 struct Prepared<F> {
@@ -74,7 +85,9 @@ pub struct LogWriter<S: Store> {
     epoch: EpochEntry,
     /// The epoch at `durable`.
     durable_epoch: EpochEntry,
+    /// The end; its chain does not cover the last `unchained` records of the tail yet.
     appended: Position,
+    unchained: usize,
     durable: Position,
     /// Sequence of the next record; `None` while a sync target has not seen the first one.
     next_sequence: Option<u64>,
@@ -131,6 +144,7 @@ impl<S: Store> LogWriter<S> {
             epoch: last_epoch,
             durable_epoch: epoch,
             appended: end,
+            unchained: 0,
             durable,
             next_sequence,
             tail_bytes: tail.iter().map(TailItem::lsn_bytes).sum(),
@@ -145,10 +159,30 @@ impl<S: Store> LogWriter<S> {
         }
     }
 
-    /// End of the log, in the kernel.
+    /// End of the log, in the kernel. Hashes what is not chained yet; who wants only to compare asks [`LogWriter::appended_lsn`].
     #[must_use]
     pub fn appended(&self) -> Position {
-        self.appended
+        let mut end = self.appended;
+        for item in self.tail.range(self.tail.len() - self.unchained..) {
+            if let TailItem::Record(record) = item {
+                end.chain = record.chain_after(end.chain, end.epoch);
+            }
+        }
+        end
+    }
+
+    /// End of the log, in the kernel.
+    #[must_use]
+    pub fn appended_lsn(&self) -> Lsn {
+        self.appended.lsn
+    }
+
+    /// Brings the chain to the end of the log.
+    pub fn chain_up(&mut self) {
+        if self.unchained > 0 {
+            self.appended = self.appended();
+            self.unchained = 0;
+        }
     }
 
     /// End of the log on stable storage.
@@ -242,7 +276,26 @@ impl<S: Store> LogWriter<S> {
         self.append_record(Record { header, payload })
     }
 
-    /// Appends a record as it stands in another member's log: it must be the next one.
+    /// Appends a record as it stands in another member's log, proven to lead to `end`: it must be the next one.
+    ///
+    /// # Errors
+    /// See [`AppendError`].
+    ///
+    /// # Panics
+    /// When it does not lead from here to there.
+    pub fn append_proven(&mut self, record: Record, end: Position) -> Result<Appended, AppendError> {
+        self.chain_up();
+        let appended = self.append_record(record)?;
+        assert_eq!(
+            (self.epoch.id, appended.end),
+            (end.epoch, end.lsn),
+            "a proven record leads to its end"
+        );
+        (self.appended, self.unchained) = (end, 0);
+        Ok(appended)
+    }
+
+    /// Appends a record with its sequence number: it must be the next one.
     ///
     /// # Errors
     /// See [`AppendError`].
@@ -265,24 +318,25 @@ impl<S: Store> LogWriter<S> {
             });
         }
         self.make_room(record.payload.len(), header)?;
-        let start = self.appended;
+        let start = self.appended.lsn;
         if let Err(error) = self.write_record(&record) {
             let name = self.segments.last().expect("a segment is being written").name;
             return Err(self.poison(format!("write to {name}: {error}")));
         }
-        self.appended.lsn = start.lsn.advance(record.lsn_bytes());
-        self.appended.chain = chain::advance(start.chain, self.epoch.id, &record.header, &record.payload);
+        let end = start.advance(record.lsn_bytes());
+        self.appended.lsn = end;
         self.next_sequence = Some(record.header.sequence + 1);
         self.tail_bytes += record.lsn_bytes();
         self.tail.push_back(TailItem::Record(record));
-        Ok(Appended {
-            start: start.lsn,
-            end: self.appended,
-        })
+        self.unchained += 1;
+        Ok(Appended { start, end })
     }
 
     /// The one write of a record: with the batch header when it opens a batch.
     fn write_record(&mut self, record: &Record) -> io::Result<()> {
+        if self.current.as_ref().is_some_and(|current| current.batch.is_none()) {
+            self.chain_up();
+        }
         let current = self.current.as_mut().expect("make_room found a segment");
         let (opening, (compression, batch_crc)) = if let Some(batch) = current.batch {
             (None, batch)
@@ -301,15 +355,14 @@ impl<S: Store> LogWriter<S> {
         };
         let stored = self.packer.pack(compression, &record.payload);
         let header = record.header.encode(stored, batch_crc);
-        let mut written = (header.len() + stored.len()) as u64;
+        let opening_len = opening.as_ref().map_or(0, |batch| batch.len());
+        let written = (opening_len + header.len() + stored.len()) as u64;
+        let mark = end_mark(current.file_bytes - current.offset - written);
         // From here on the file may have changed, also after an error.
         current.dirty = true;
         match &opening {
-            Some(batch) => {
-                written += batch.len() as u64;
-                current.file.write_at(&[batch, &header, stored], current.offset)?;
-            }
-            None => current.file.write_at(&[&header, stored], current.offset)?,
+            Some(batch) => current.file.write_at(&[batch, &header, stored, mark], current.offset)?,
+            None => current.file.write_at(&[&header, stored, mark], current.offset)?,
         }
         current.batch = Some((compression, batch_crc));
         current.offset += written;
@@ -357,6 +410,7 @@ impl<S: Store> LogWriter<S> {
         let Some(Prepared { name, file, file_bytes }) = self.prepared.take() else {
             return Err(AppendError::NeedSegment);
         };
+        self.chain_up();
         let header = SegmentHeader {
             identity: self.identity,
             name,
@@ -400,6 +454,7 @@ impl<S: Store> LogWriter<S> {
     /// # Panics
     /// When the entry does not continue this log.
     pub fn start_epoch(&mut self, entry: EpochEntry) -> Result<(), AppendError> {
+        self.chain_up();
         assert_eq!(
             entry.parent, self.appended,
             "an epoch begins at the end of the one before"
@@ -422,6 +477,7 @@ impl<S: Store> LogWriter<S> {
     /// `NeedSegment` or `Poisoned`.
     pub fn rotate(&mut self, lamport: Lamport) -> Result<(), AppendError> {
         self.check_writable()?;
+        self.chain_up();
         let empty = self.segments.last().is_some_and(|last| last.start == self.appended);
         if self.current.is_some() && empty {
             Ok(())
@@ -436,6 +492,7 @@ impl<S: Store> LogWriter<S> {
         if !self.needs_sync() {
             return None;
         }
+        self.chain_up();
         let mut files = std::mem::take(&mut self.left_dirty);
         if let Some(current) = &mut self.current
             && std::mem::take(&mut current.dirty)

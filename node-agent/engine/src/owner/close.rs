@@ -135,7 +135,7 @@ impl<S: Store> Owner<S> {
 
     /// Nothing waits to be appended, and everything appended is durable.
     pub(super) fn is_drained(&self) -> bool {
-        let durable = self.log.durable().lsn == self.log.appended().lsn;
+        let durable = self.log.durable().lsn == self.log.appended_lsn();
         durable && !self.requests.has_held() && !self.commit.is_in_flight() && self.repair.is_none()
     }
 

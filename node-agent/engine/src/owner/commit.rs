@@ -54,18 +54,11 @@ impl Commit {
 
 impl<S: Store> Owner<S> {
     /// Books a record of our own that has just been appended.
-    pub(super) fn appended(
-        &mut self,
-        kind: RecordKind,
-        range: ByteRange,
-        payload: Bytes,
-        lamport: Lamport,
-        end: Position,
-    ) {
+    pub(super) fn appended(&mut self, kind: RecordKind, range: ByteRange, payload: Bytes, lamport: Lamport, end: Lsn) {
         match kind {
             RecordKind::Write => self.overlay.append(range, Content::Bytes(payload)),
             RecordKind::Discard | RecordKind::WriteZeroes => self.overlay.append(range, Content::Zeros),
-            RecordKind::Resize => self.replay.note_resize(end.lsn, range.offset),
+            RecordKind::Resize => self.replay.note_resize(end, range.offset),
             RecordKind::Marker | RecordKind::Close | RecordKind::EmergencyEnter | RecordKind::Resolve => {}
         }
         self.tail.push_back(TailRecord {
@@ -85,9 +78,9 @@ impl<S: Store> Owner<S> {
         };
         let lamport = record.header.lamport;
         self.tail.push_back(TailRecord {
-            record: Some(record),
+            record: Some((record, end)),
             lamport,
-            end,
+            end: end.lsn,
         });
         self.sync_by(COMMIT_DELAY_SECONDARY);
     }
@@ -122,7 +115,7 @@ impl<S: Store> Owner<S> {
             self.commit.due = None;
             return;
         }
-        let uncovered = self.log.appended().lsn.bytes_since(self.commit.issued);
+        let uncovered = self.log.appended_lsn().bytes_since(self.commit.issued);
         let due = self.commit.due.is_some_and(|due| due <= self.now.mono);
         let wanted = due
             || uncovered >= COMMIT_BYTES
@@ -136,7 +129,7 @@ impl<S: Store> Owner<S> {
         let Some(files) = self.log.begin_sync() else { return };
         self.overlay.sync_issued();
         self.commit.in_flight = true;
-        self.commit.issued = self.log.appended().lsn;
+        self.commit.issued = self.log.appended_lsn();
         self.commit.due = None;
         self.job(Purpose::LogSync, Job::Sync(files));
     }
@@ -159,10 +152,10 @@ impl<S: Store> Owner<S> {
     /// The durable position has moved: records leave the tail, waiters are told, replay may go on.
     pub(super) fn became_durable(&mut self) {
         let durable = self.log.durable();
-        while let Some(first) = self.tail.pop_front_if(|first| first.end.lsn <= durable.lsn) {
+        while let Some(first) = self.tail.pop_front_if(|first| first.end <= durable.lsn) {
             self.durable_time = self.durable_time.max(first.lamport);
-            if let Some(record) = first.record {
-                self.replay.offer(record, first.end);
+            if let Some((record, end)) = first.record {
+                self.replay.offer(record, end);
             }
         }
         if self.writes_itself() {

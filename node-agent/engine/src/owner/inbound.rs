@@ -1,7 +1,7 @@
 //! Log from members: proven chunks and new epochs are appended to the local log in the order in which they came.
 //!
-//! Invariants: a chunk is taken only if it begins exactly where the local log ends (P7); after it is appended the local chain is
-//! the proven one. Nothing here is told to anybody before it is durable (P6): the reply means "in the kernel" only.
+//! Invariants: a chunk is taken only if it begins exactly where the local log ends (P7); the local chain goes on as it was
+//! proven when the chunk was made, so nothing is hashed on this thread. Nothing here is told to anybody before it is durable (P6): the reply means "in the kernel" only.
 
 use super::Owner;
 use crate::api::{CommandId, Refusal, Role};
@@ -23,7 +23,8 @@ const MAX_UNSYNCED_BYTES: u64 = 16 << 20;
 enum Item {
     Chunk {
         id: CommandId,
-        records: VecDeque<Record>,
+        /// Each with the position behind it, as proven.
+        records: VecDeque<(Record, Position)>,
         end: Position,
     },
     Epoch {
@@ -72,7 +73,7 @@ impl<S: Store> Owner<S> {
         let end = chunk.end();
         self.inbound.waiting.push_back(Item::Chunk {
             id,
-            records: chunk.into_records().into(),
+            records: chunk.into_steps().collect(),
             end,
         });
         self.moved = true;
@@ -153,13 +154,17 @@ impl<S: Store> Owner<S> {
                 self.trailing_close = None;
             }
             Item::Chunk { records, end, .. } => {
-                while let Some(record) = records.front() {
-                    let appended = self.log.append_record(record.clone())?;
-                    if let Some(record) = records.pop_front() {
-                        self.accepted(record, appended.end);
+                while let Some((record, end)) = records.front() {
+                    self.log.append_proven(record.clone(), *end)?;
+                    if let Some((record, end)) = records.pop_front() {
+                        self.accepted(record, end);
                     }
                 }
-                assert_eq!(self.log.appended(), *end, "the local chain is the one that was proven");
+                assert_eq!(
+                    self.log.appended(),
+                    *end,
+                    "the local log has come to where the chunk leads"
+                );
             }
         }
         self.changed = true;

@@ -43,7 +43,7 @@ use crate::overlay::Overlay;
 use crate::roles::Close;
 use crate::slot::Slots;
 use crate::state::SavedState;
-use crate::store::{SegmentName, Store};
+use crate::store::{FileId, SegmentName, Store};
 use crate::types::{Lamport, Lsn, Position, ReplicaId};
 use rand::rngs::StdRng;
 use std::collections::{BTreeMap, VecDeque};
@@ -56,18 +56,18 @@ pub const MAX_IN_FLIGHT: usize = 4096;
 /// A record that is in the log but not known to be durable.
 #[derive(Debug)]
 struct TailRecord {
-    /// Of records from members: to be replayed from memory. Our own are in the overlay already.
-    record: Option<Record>,
+    /// Of records from members, with where they end: to be replayed from memory. Our own are in the overlay already.
+    record: Option<(Record, Position)>,
     lamport: Lamport,
     /// Where it ends.
-    end: Position,
+    end: Lsn,
 }
 
 /// What a job was for.
 #[derive(Debug)]
 enum Purpose {
     LogSync,
-    Prepare(SegmentName),
+    Prepare { name: SegmentName, bytes: u64 },
     Rewrite,
     Read { tag: u64 },
     Flight,
@@ -120,8 +120,8 @@ pub struct Owner<S: Store> {
     faults: faults::Faults,
     /// The `Close` that is the last record of the log.
     trailing_close: Option<Close>,
-    /// Segments of a log that was thrown away, to be removed.
-    discarded: Vec<SegmentName>,
+    /// Files that are no part of the log any more, to be removed.
+    discarded: Vec<FileId>,
     /// Files that are removed once the tail found at start is rewritten.
     stale: Vec<SegmentName>,
     /// The log is damaged, and whole again when it is durable up to here.
@@ -169,6 +169,10 @@ impl<S: Store> Owner<S> {
             self.publish();
             return Some(Action::Changed);
         }
+        if self.actions.is_empty() {
+            // Nobody waits: now is the time to hash what was acknowledged.
+            self.log.chain_up();
+        }
         self.actions.pop_front()
     }
 
@@ -211,7 +215,9 @@ impl<S: Store> Owner<S> {
     pub fn share_clock(&mut self, clock: &LamportClock, now: Now) {
         match clock.see(self.clock.last(), now.wall_ns) {
             Ok(()) => self.clock = clock.clone(),
-            Err(error) => tracing::error!(replica = %self.replica, %error, "the log of this replica has a clock of its own"),
+            Err(error) => {
+                tracing::error!(replica = %self.replica, %error, "the log of this replica has a clock of its own");
+            }
         }
     }
 
@@ -224,14 +230,14 @@ impl<S: Store> Owner<S> {
     fn job_done(&mut self, purpose: Purpose, outcome: JobOutcome<S::File>) {
         match (purpose, outcome) {
             (Purpose::LogSync, JobOutcome::Done(result)) => self.log_synced(result),
-            (Purpose::Prepare(name), JobOutcome::File(result)) => self.segment_prepared(name, result),
+            (Purpose::Prepare { name, bytes }, JobOutcome::File(result)) => self.segment_prepared(name, bytes, result),
             (Purpose::Rewrite, JobOutcome::Rewritten(result)) => self.tail_rewritten(result),
             (Purpose::Read { tag }, JobOutcome::Data(result)) => self.read_done(tag, result),
             (Purpose::Flight, JobOutcome::Done(result)) => self.flight_done(result),
             (Purpose::Slot, JobOutcome::Done(result)) => self.slot_saved(result),
             (Purpose::Replay { incarnation }, JobOutcome::Log(result)) => self.replay_read(incarnation, result),
             (Purpose::DiskSize, JobOutcome::Size(result)) => self.disk_size_known(&result),
-            (Purpose::Retire(retire), JobOutcome::Done(result)) => self.segments_retired(&retire, result),
+            (Purpose::Retire(retire), JobOutcome::Done(result)) => self.segments_retired(retire, result),
             (Purpose::Operation, JobOutcome::Done(result)) => self.operation_job_done(result),
             (Purpose::SyncWrite { id, moved_bytes }, JobOutcome::Done(result)) => {
                 self.sync_written(id, moved_bytes, result);
@@ -264,7 +270,7 @@ impl<S: Store> Owner<S> {
     }
 
     fn check_positions(&self) {
-        let (appended, durable) = (self.log.appended().lsn, self.log.durable().lsn);
+        let (appended, durable) = (self.log.appended_lsn(), self.log.durable().lsn);
         let (replayed, applied) = (self.replay.cursor().lsn, self.saved.applied.lsn);
         assert!(appended >= durable, "appended {appended} is behind durable {durable}");
         assert!(durable >= replayed, "durable {durable} is behind replayed {replayed}");

@@ -110,7 +110,7 @@ impl<S: Store> Owner<S> {
             replica: params.replica,
         };
         let found = open_log(&store, identity, &saved, same_boot)?;
-        let summaries = open_summaries(&store)?;
+        let (summaries, spares) = beside_the_log(&store)?;
         let Found {
             state,
             facts,
@@ -119,6 +119,8 @@ impl<S: Store> Owner<S> {
         } = found;
         let mut owner = Self::assemble(store, &params, now, (data, disk_bytes), (slots, saved), state);
         owner.stale = stale;
+        // Whatever a crash has left them as: they are made anew.
+        owner.discarded = spares;
         owner.segments = Segments::new(summaries);
         owner.decide(&facts, last_record.as_ref(), same_boot, fell_back);
         owner.pump();
@@ -218,7 +220,9 @@ impl<S: Store> Owner<S> {
         }
         match self.log.poisoned().map(str::to_owned) {
             Some(cause) => self.begin_repair(cause),
-            None => self.discarded.append(&mut self.stale),
+            None => self
+                .discarded
+                .extend(std::mem::take(&mut self.stale).into_iter().map(FileId::Segment)),
         }
         self.saver.request();
     }
@@ -344,11 +348,14 @@ fn check_identity(saved: &SavedState, params: &OpenParams, disk_bytes: u64) -> R
     Ok(())
 }
 
-fn open_summaries<S: Store>(store: &S) -> Result<Vec<Kept>, OpenError> {
+/// Summaries, and the spares that an earlier process has left.
+fn beside_the_log<S: Store>(store: &S) -> Result<(Vec<Kept>, Vec<FileId>), OpenError> {
     let files = store.list().map_err(io_error("list the log directory"))?;
-    let mut kept = Vec::new();
+    let (mut kept, mut spares) = (Vec::new(), Vec::new());
     for id in files {
-        if let FileId::Summary(name) = id {
+        if let FileId::Spare(_) = id {
+            spares.push(id);
+        } else if let FileId::Summary(name) = id {
             let summary = Summary::load(store, name).map_err(io_error(format!("read the summary of {name}")))?;
             // A damaged one tells nothing: it may go with the next that all members have passed.
             kept.push(Kept {
@@ -357,7 +364,7 @@ fn open_summaries<S: Store>(store: &S) -> Result<Vec<Kept>, OpenError> {
             });
         }
     }
-    Ok(kept)
+    Ok((kept, spares))
 }
 
 fn open_log<S: Store>(

@@ -81,9 +81,14 @@ impl<S: Store> Owner<S> {
         self
     }
 
-    /// Length of all segments (bytes).
-    pub(super) fn log_bytes(&self) -> u64 {
+    /// Length of all segments that hold log (bytes).
+    pub(super) fn content_bytes(&self) -> u64 {
         self.log.segments().iter().map(|segment| segment.file_bytes).sum()
+    }
+
+    /// Length of all files of the log: segments, the prepared one, those that wait to become segments again (bytes).
+    pub(super) fn log_bytes(&self) -> u64 {
+        self.content_bytes() + self.log.prepared_bytes() + self.segments.spare_bytes()
     }
 
     /// Where the log that is served begins.

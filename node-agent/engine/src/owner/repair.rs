@@ -10,7 +10,7 @@ use super::{Owner, Purpose};
 use crate::api::Fault;
 use crate::jobs::Job;
 use crate::log::Rewritten;
-use crate::store::Store;
+use crate::store::{FileId, Store};
 use std::io;
 use std::time::Duration;
 
@@ -67,8 +67,9 @@ impl<S: Store> Owner<S> {
         };
         match result {
             Ok(done) => {
-                self.discarded.extend(self.log.finish_rewrite(done));
-                self.discarded.append(&mut self.stale);
+                let replaced = self.log.finish_rewrite(done);
+                let gone = replaced.into_iter().chain(std::mem::take(&mut self.stale));
+                self.discarded.extend(gone.map(FileId::Segment));
                 self.overlay.sync_issued();
                 self.overlay.sync_succeeded();
                 self.commit.settled_at(self.log.durable().lsn);
@@ -96,8 +97,7 @@ impl<S: Store> Owner<S> {
         if self.discarded.is_empty() {
             return;
         }
-        let names = std::mem::take(&mut self.discarded);
-        let ids = names.into_iter().map(crate::store::FileId::Segment).collect();
+        let ids = std::mem::take(&mut self.discarded);
         self.job(Purpose::Discard, Job::Remove(ids));
     }
 

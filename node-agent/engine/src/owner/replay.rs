@@ -131,7 +131,7 @@ impl<S: Store> Owner<S> {
 
     /// Whether everything in the local log is loaded.
     pub(super) fn is_all_replayed(&self) -> bool {
-        self.replay.cursor.lsn == self.log.appended().lsn
+        self.replay.cursor.lsn == self.log.appended_lsn()
     }
 
     fn may_replay(&self) -> bool {

@@ -1,7 +1,8 @@
 //! Log files: one is always prepared ahead, and the oldest go when nobody needs them.
 //!
 //! Invariants: see [`retention`]. A member that is given up is recorded as an orphan in a slot before log that it
-//! needs goes; the extents that a segment touched are on stable storage before the segment goes.
+//! needs goes; the extents that a segment touched are on stable storage before the segment goes. A file that was a segment becomes another one
+//! only after its old name is gone for good and nobody reads it; at most [`MAX_SPARES`] wait for that.
 
 use super::retry::Retry;
 use super::saver::Generation;
@@ -16,11 +17,25 @@ use crate::types::{Lsn, Position, ReplicaId};
 use std::io;
 use std::time::Duration;
 
+/// Most files that wait to become segments again, beside the one that is prepared: the log is written once as long as segments come and go at the
+/// same pace, and an idle replica does not sit on the space.
+const MAX_SPARES: usize = 2;
+
 /// Segments on their way out.
 #[derive(Debug)]
 pub(super) struct Retire {
     /// Where the newest of them ended.
-    pub(super) end: Lsn,
+    end: Lsn,
+    /// Those whose files are kept.
+    spares: Vec<Spare>,
+}
+
+/// A file that waits to become a segment.
+#[derive(Debug, Clone, Copy)]
+struct Spare {
+    /// The segment that it was.
+    name: SegmentName,
+    bytes: u64,
 }
 
 /// A summary that outlives its segment.
@@ -42,7 +57,8 @@ pub(super) struct Segments {
     retire_retry: Retry,
     /// Orphans are being recorded before segments go.
     recording: Option<Generation>,
-    pub(super) summaries: Vec<Kept>,
+    summaries: Vec<Kept>,
+    spares: Vec<Spare>,
 }
 
 impl Segments {
@@ -64,6 +80,11 @@ impl Segments {
     pub(super) fn look_again(&mut self) {
         self.look = true;
     }
+
+    /// Length of all files that wait to become segments (bytes).
+    pub(super) fn spare_bytes(&self) -> u64 {
+        self.spares.iter().map(|spare| spare.bytes).sum()
+    }
 }
 
 impl<S: Store> Owner<S> {
@@ -79,7 +100,8 @@ impl<S: Store> Owner<S> {
         let may_prepare = !self.is_shut_down && self.repair.is_none() && self.segments.retry.ready(self.now.mono);
         if may_prepare && let Some(name) = self.log.next_prepared() {
             let (id, len) = (FileId::Segment(name), self.saved.tuning.segment_bytes);
-            self.job(Purpose::Prepare(name), Job::Create { id, len });
+            let spare = self.take_spare(len);
+            self.job(Purpose::Prepare { name, bytes: len }, Job::Create { id, len, spare });
         }
         if self.segments.look && !self.segments.retiring && self.segments.retire_retry.ready(self.now.mono) {
             self.segments.look = false;
@@ -87,13 +109,20 @@ impl<S: Store> Owner<S> {
         }
     }
 
-    pub(super) fn segment_prepared(&mut self, name: SegmentName, result: io::Result<S::File>) {
+    /// A spare of this length; others are of no use any more.
+    fn take_spare(&mut self, bytes: u64) -> Option<SegmentName> {
+        let others = self.segments.spares.extract_if(.., |spare| spare.bytes != bytes);
+        self.discarded.extend(others.map(|spare| FileId::Spare(spare.name)));
+        self.segments.spares.pop().map(|spare| spare.name)
+    }
+
+    pub(super) fn segment_prepared(&mut self, name: SegmentName, bytes: u64, result: io::Result<S::File>) {
         match result {
             Ok(file) => {
                 self.segments.urgent = false;
                 self.segments.retry.succeeded();
-                if !self.log.add_prepared(name, file, self.saved.tuning.segment_bytes) {
-                    self.discarded.push(name);
+                if !self.log.add_prepared(name, file, bytes) {
+                    self.discarded.push(FileId::Segment(name));
                 }
                 if self.repair.is_none() {
                     self.changed |= self.faults.clear(|fault| matches!(fault, Fault::LogStoreFailed { .. }));
@@ -205,7 +234,7 @@ impl<S: Store> Owner<S> {
             })
             .collect();
         let (applied, budget) = (self.saver.applied_in_both(), self.saved.tuning.retention_bytes);
-        let plan = retention::plan(&closed, applied, &self.saved.members, self.log_bytes(), budget);
+        let plan = retention::plan(&closed, applied, &self.saved.members, self.content_bytes(), budget);
         if !plan.orphans.is_empty() {
             tracing::warn!(replica = %self.replica, orphans = ?plan.orphans, "log kept for absent members exceeds the retention budget: given up");
             let generation = self.save(|saved| {
@@ -242,16 +271,32 @@ impl<S: Store> Owner<S> {
         if gone.is_empty() && summaries.is_empty() {
             return;
         }
+        let spares = self.choose_spares(&gone, &closed);
+        let names = spares.iter().map(|spare| spare.name).collect();
         self.segments.retiring = true;
         self.changed = true;
         self.job(
-            Purpose::Retire(Retire { end }),
+            Purpose::Retire(Retire { end, spares }),
             Job::Retire {
                 view,
                 segments: gone.len(),
+                spares: names,
                 summaries,
             },
         );
+    }
+
+    /// Which files of the segments that go are worth keeping.
+    fn choose_spares(&self, gone: &[SegmentName], closed: &[Closed]) -> Vec<Spare> {
+        let room = MAX_SPARES.saturating_sub(self.segments.spares.len());
+        let files = gone.iter().zip(closed).map(|(name, closed)| Spare {
+            name: *name,
+            bytes: closed.bytes,
+        });
+        files
+            .filter(|spare| spare.bytes == self.saved.tuning.segment_bytes)
+            .take(room)
+            .collect()
     }
 
     /// Summaries that all members have passed.
@@ -271,7 +316,7 @@ impl<S: Store> Owner<S> {
         gone.into_iter().map(|kept| kept.name).collect()
     }
 
-    pub(super) fn segments_retired(&mut self, retire: &Retire, result: io::Result<()>) {
+    pub(super) fn segments_retired(&mut self, retire: Retire, result: io::Result<()>) {
         self.segments.retiring = false;
         if let Err(error) = result {
             // The files are out of the log already; the next start removes what is left of them.
@@ -279,6 +324,7 @@ impl<S: Store> Owner<S> {
             self.segments.retire_retry.failed(self.now.mono, &mut self.rng);
         } else {
             self.segments.retire_retry.succeeded();
+            self.segments.spares.extend(retire.spares);
             self.segments.look = true;
         }
         self.changed = true;

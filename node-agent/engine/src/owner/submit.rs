@@ -51,8 +51,15 @@ struct Held {
 #[derive(Debug)]
 struct Waiter {
     until: Lsn,
-    at: Position,
-    then: Then,
+    told: Told,
+}
+
+/// Who is told what: a request needs no position, so none is computed for it.
+#[derive(Debug, Clone, Copy)]
+enum Told {
+    Complete(u64),
+    Reply(CommandId, Position),
+    Operation(Position),
 }
 
 /// Unanswered requests.
@@ -241,19 +248,19 @@ impl<S: Store> Owner<S> {
             if held.when_durable {
                 self.push_waiter(held.then);
             } else {
-                self.tell(held.then, self.log.appended());
+                self.tell(self.told(held.then));
             }
         }
     }
 
     /// Told once everything appended so far is durable, and everybody can know it.
     fn wait_durable(&mut self, then: Then) -> Submitted {
-        let appended = self.log.appended().lsn;
+        let appended = self.log.appended_lsn();
         if self.status.durable.lsn == appended {
             return Submitted::Now(IoResult::Done);
         }
         if self.log.durable().lsn == appended {
-            self.tell(then, self.log.appended());
+            self.tell(self.told(then));
             return Submitted::Later;
         }
         self.push_waiter(then);
@@ -261,30 +268,38 @@ impl<S: Store> Owner<S> {
     }
 
     fn push_waiter(&mut self, then: Then) {
-        let at = self.log.appended();
-        self.requests.waiters.push_back(Waiter {
-            until: at.lsn,
-            at,
-            then,
-        });
+        let waiter = Waiter {
+            until: self.log.appended_lsn(),
+            told: self.told(then),
+        };
+        self.requests.waiters.push_back(waiter);
     }
 
     /// Tells those whose records are durable now.
     pub(super) fn complete_durable(&mut self) {
         let durable = self.log.durable().lsn;
         while let Some(waiter) = self.requests.waiters.pop_front_if(|waiter| waiter.until <= durable) {
-            self.tell(waiter.then, waiter.at);
+            self.tell(waiter.told);
         }
     }
 
-    fn tell(&mut self, then: Then, at: Position) {
+    /// What is to be told about the record that was appended last.
+    fn told(&self, then: Then) -> Told {
         match then {
-            Then::Complete(tag) => self.actions.push_back(Action::Complete {
+            Then::Complete(tag) => Told::Complete(tag),
+            Then::Reply(id) => Told::Reply(id, self.log.appended()),
+            Then::Operation => Told::Operation(self.log.appended()),
+        }
+    }
+
+    fn tell(&mut self, told: Told) {
+        match told {
+            Told::Complete(tag) => self.actions.push_back(Action::Complete {
                 tag,
                 result: IoResult::Done,
             }),
-            Then::Reply(id) => self.reply(id, Ok(Answer::At(at))),
-            Then::Operation => self.control_durable(at),
+            Told::Reply(id, at) => self.reply(id, Ok(Answer::At(at))),
+            Told::Operation(at) => self.control_durable(at),
         }
     }
 

@@ -1,10 +1,11 @@
 //! A run of log records that proves its own place in a history.
 //!
-//! Invariant: the only way to make a [`LogChunk`] is to recompute the chain hash over its records. Whoever holds one may
-//! rely on `end` following from `start` by exactly these records.
+//! Invariant: a [`LogChunk`] exists only after the chain hash was recomputed over its records, here or by the walk that read them from
+//! this replica's own log. Whoever holds one may rely on `end` following from `start` by exactly these records, and need not hash
+//! them again.
 
 use crate::format::record::{Record, RecordHeader};
-use crate::types::{Lsn, MAX_PAYLOAD_BYTES, Position};
+use crate::types::{Chain, Lsn, MAX_PAYLOAD_BYTES, Position};
 
 /// What a sender says about a run of records: not to be believed before [`LogChunk::verify`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct LogChunk {
     start: Position,
     end: Position,
     records: Vec<Record>,
+    /// The chain behind each record.
+    chains: Vec<Chain>,
 }
 
 /// Why a run of records proves nothing.
@@ -72,6 +75,7 @@ impl LogChunk {
             return Err(ChunkError::Empty { at: start });
         }
         let mut end = start;
+        let mut chains = Vec::with_capacity(records.len());
         let mut expected_sequence = records[0].header.sequence;
         for (index, record) in records.iter().enumerate() {
             let malformed = |what| ChunkError::Malformed { at: start, index, what };
@@ -87,8 +91,35 @@ impl LogChunk {
                 .ok_or_else(|| malformed("the position overflows"))?;
             end.lsn = Lsn(lsn);
             end.chain = record.chain_after(end.chain, start.epoch);
+            chains.push(end.chain);
         }
-        Ok(Self { start, end, records })
+        Ok(Self {
+            start,
+            end,
+            records,
+            chains,
+        })
+    }
+
+    /// What a walk through this replica's own log has read: the walk has recomputed the chain behind each record. `None` for no record.
+    ///
+    /// # Panics
+    /// When the parts contradict each other.
+    pub(crate) fn walked(start: Position, end: Position, walked: Vec<(Record, Chain)>) -> Option<Self> {
+        let (records, chains): (Vec<Record>, Vec<Chain>) = walked.into_iter().unzip();
+        let last = *chains.last()?;
+        let bytes: u64 = records.iter().map(Record::lsn_bytes).sum();
+        assert_eq!(
+            (start.epoch, start.lsn.advance(bytes), last),
+            (end.epoch, end.lsn, end.chain),
+            "a chunk ends where its walk stands"
+        );
+        Some(Self {
+            start,
+            end,
+            records,
+            chains,
+        })
     }
 
     /// Proves a claim from outside.
@@ -134,6 +165,19 @@ impl LogChunk {
     #[must_use]
     pub fn into_records(self) -> Vec<Record> {
         self.records
+    }
+
+    /// The records, each with the position behind it.
+    pub fn into_steps(self) -> impl Iterator<Item = (Record, Position)> {
+        let mut at = self.start;
+        self.records.into_iter().zip(self.chains).map(move |(record, chain)| {
+            at = Position {
+                lsn: at.lsn.advance(record.lsn_bytes()),
+                chain,
+                ..at
+            };
+            (record, at)
+        })
     }
 
     /// How far the chunk leads (bytes of history).
@@ -206,6 +250,9 @@ mod tests {
     fn an_honest_claim_is_proven_and_counts_headers_and_payload() {
         let chunk = LogChunk::verify(claim()).unwrap();
         assert_eq!(chunk.end().lsn, Lsn(80 + 40 + 512 + 40 + 1024));
+        let steps: Vec<(Record, Position)> = chunk.clone().into_steps().collect();
+        let first = LogChunk::build(start(), claim().records[..1].to_vec()).unwrap();
+        assert_eq!([steps[0].1, steps[1].1], [first.end(), chunk.end()]);
     }
 
     #[test]

@@ -214,3 +214,37 @@ fn a_log_on_real_files_is_found_again_by_the_next_process() {
     }
     assert_eq!(read, payloads);
 }
+
+#[test]
+fn a_spare_is_taken_only_when_nobody_has_it_open_and_keeps_its_blocks() {
+    let (dir, store) = replica(0);
+    let (old, spare) = (FileId::Segment(NAME), FileId::Spare(NAME));
+    let new = FileId::Segment(SegmentName { number: 13, ..NAME });
+    let file = store.create(&old, 8192).unwrap();
+    file.write_at(&[b"content"], 4096).unwrap();
+    let reader = store.open(&old).unwrap();
+    store.rename(&old, &spare).unwrap();
+    assert!(dir.path().join("log/spare-000000012-000000ab").exists());
+    assert_eq!(store.list().unwrap(), vec![spare.clone()]);
+    assert!(store.open_alone(&spare).unwrap().is_none(), "its writer has it open");
+    drop(file);
+    assert!(store.open_alone(&spare).unwrap().is_none(), "a reader has it open");
+    let other = FsStore::open(dir.path(), tempfile::tempfile().unwrap()).unwrap();
+    assert!(other.open_alone(&spare).unwrap().is_none(), "whoever asks");
+    drop(reader);
+    let alone = store.open_alone(&spare).unwrap().expect("nobody has it open");
+    assert!(store.open_alone(&spare).unwrap().is_none(), "it is taken");
+    store.rename(&spare, &new).unwrap();
+    let opened = store.open(&new).unwrap();
+    let mut content = [0; 7];
+    opened.read_at(&mut content, 4096).unwrap();
+    assert_eq!(&content, b"content");
+    assert_eq!(alone.size().unwrap(), 8192);
+    // A name is never taken from a file that has it.
+    store.create(&old, 4096).unwrap();
+    assert_eq!(
+        store.rename(&old, &new).unwrap_err().kind(),
+        io::ErrorKind::AlreadyExists
+    );
+    assert_eq!(store.open_alone(&spare).unwrap_err().kind(), io::ErrorKind::NotFound);
+}

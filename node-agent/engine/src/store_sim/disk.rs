@@ -31,6 +31,8 @@ pub enum Op {
     Open,
     /// `Store::remove`.
     Remove,
+    /// `Store::rename`; the file is the one with the old name.
+    Rename,
     /// `Store::list`.
     List,
     /// `Store::sync_dir`.
@@ -325,6 +327,29 @@ impl Disk {
         Ok((number, self.inode(number).open_token()))
     }
 
+    pub(super) fn open_alone(&mut self, generation: u64, id: &FileId) -> io::Result<Option<(u64, Arc<()>)>> {
+        let is_open = |disk: &Self| disk.entries.get(id).is_some_and(|inode| disk.inodes[inode].is_open());
+        let held = is_open(self);
+        let (number, token) = self.open(generation, id)?;
+        Ok((!held).then_some((number, token)))
+    }
+
+    pub(super) fn rename(&mut self, generation: u64, from: &FileId, to: &FileId) -> io::Result<()> {
+        self.begin_simple(generation, Op::Rename, Some(from))?;
+        if self.entries.contains_key(to) {
+            let message = format!("simulated: {to:?} exists");
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
+        }
+        let Some(inode) = self.entries.remove(from) else {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("simulated: no {from:?}"),
+            ));
+        };
+        self.entries.insert(to.clone(), inode);
+        Ok(())
+    }
+
     pub(super) fn remove(&mut self, generation: u64, id: &FileId) -> io::Result<()> {
         self.begin_simple(generation, Op::Remove, Some(id))?;
         self.entries.remove(id);
@@ -336,7 +361,7 @@ impl Disk {
         let logs = self
             .entries
             .keys()
-            .filter(|id| matches!(id, FileId::Segment(_) | FileId::Summary(_)));
+            .filter(|id| matches!(id, FileId::Segment(_) | FileId::Spare(_) | FileId::Summary(_)));
         Ok(logs.cloned().collect())
     }
 

@@ -409,6 +409,9 @@ fn order_writes(node: &mut Node, task: sync::TaskId, commands: Vec<Command>) {
 }
 
 /// Node `to` hears what `from` tells, and `from`'s log may go as far as others have it.
+///
+/// # Panics
+/// When the clocks of the two are months apart.
 pub fn gossip(nodes: &mut [Node], ids: &[ReplicaId], from: usize, to: usize) {
     if !nodes[from].is_up() || !nodes[to].is_up() {
         return;

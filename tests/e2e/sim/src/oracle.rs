@@ -25,7 +25,11 @@ impl Epoch {
     /// Whatever the clocks of the nodes do: stamps ascend along a history, and its epochs begin between them.
     fn check_stamps(&self, at: Lsn, record: &Record) {
         let stamp = record.header.lamport;
-        let before = self.records.range(..at.0).next_back().map(|(_, record)| record.header.lamport);
+        let before = self
+            .records
+            .range(..at.0)
+            .next_back()
+            .map(|(_, record)| record.header.lamport);
         assert!(
             before.unwrap_or(self.entry.lamport) < stamp,
             "the record at {at} of epoch {} is stamped before its predecessor",

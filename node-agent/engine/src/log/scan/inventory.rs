@@ -167,7 +167,6 @@ impl<F: StoreFile> Inventory<F> {
 
     /// A walk that ended in front of a file with a damaged header ended because of it.
     pub(super) fn blame_damaged_header(&self, stop: Stop) -> Stop {
-        let ended = matches!(stop.class, TailClass::Zero | TailClass::Recycled);
         let next = self
             .segments
             .iter()
@@ -175,11 +174,12 @@ impl<F: StoreFile> Inventory<F> {
             .find(|name| *name > stop.segment);
         let hidden = |name: &&SegmentName| **name > stop.segment && next.is_none_or(|next| **name < next);
         match self.damaged.iter().find(hidden) {
-            Some(name) if ended => Stop {
+            Some(name) if stop.ended => Stop {
                 segment: *name,
                 file_offset: 0,
                 lsn: stop.lsn,
                 class: TailClass::Header,
+                ended: false,
             },
             _ => stop,
         }

@@ -70,6 +70,7 @@ fn run_until(seed: u64, io: u64, compression: Compression) -> Driver {
     let store = machine(seed);
     store.crash_at_io(io);
     let mut driver = Driver::begin(&store, 7, compression);
+    driver.recycles = seed % 2 == 1;
     let _ = script(&mut driver);
     driver
 }
@@ -203,6 +204,7 @@ fn a11_random_runs_with_random_deaths_keep_their_promises() {
         let store = machine(seed);
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut driver = Driver::begin(&store, seed, Compression::Lz4);
+        driver.recycles = seed % 2 == 1;
         let mut from = driver.writer.durable();
         for life in 0..4 {
             let what = format!("seed {seed}, life {life}");
@@ -235,4 +237,52 @@ fn a11_random_runs_with_random_deaths_keep_their_promises() {
             }
         }
     }
+}
+
+/// An agent that is restarted between two writes finds that its log just ends there, also when the file held another segment before, with
+/// records of the same length at the same places. When it died within a write, it finds that something was torn.
+#[test]
+fn a15_the_end_of_a_log_is_told_from_the_left_overs_of_a_recycled_file() {
+    let mut torn = 0;
+    for uniform in [true, false] {
+        for count in 0..130 {
+            let store = machine(count);
+            let mut driver = Driver::begin(&store, 7, Compression::None);
+            driver.recycles = true;
+            driver.prepare().unwrap();
+            for index in 0..count {
+                if uniform {
+                    let range = ByteRange { offset: 0, len: 4096 };
+                    let payload = Bytes::from(vec![u8::try_from(index % 251).unwrap(); 4096]);
+                    driver.append_this(RecordKind::Write, range, &payload).unwrap();
+                } else {
+                    driver.append().unwrap();
+                }
+                if index % 5 == 4 {
+                    driver.sync().unwrap();
+                }
+                driver.prepare().unwrap();
+            }
+            if driver.writer.segments().is_empty() || driver.view().segments.is_empty() {
+                continue;
+            }
+            let (end, from) = (driver.writer.appended(), driver.writer.durable());
+            let what = format!("{count} records, uniform: {uniform}");
+            let dies_within_a_write = count % 2 == 1;
+            if dies_within_a_write {
+                store.crash_at_io(store.io_count());
+                assert!(driver.append().is_err(), "{what}");
+            }
+            let store = die(&store, Death::Process);
+            let (found, _) = Driver::recover(&store, from, &driver).unwrap();
+            let verdict = found.decide(from.lsn, true);
+            if found.end == end && found.stop.ended {
+                assert_eq!(verdict, Verdict::Continue, "{what}: {:?}", found.stop);
+            } else {
+                assert!(dies_within_a_write, "{what}: {:?}", found.stop);
+                torn += u32::from(verdict == Verdict::Cut);
+            }
+        }
+    }
+    assert!(torn > 5, "only {torn} torn writes were met");
 }

@@ -59,6 +59,8 @@ struct Driver {
     rng: SmallRng,
     clock: u64,
     compression: Compression,
+    /// Segments are made of files that were other segments before.
+    recycles: bool,
 }
 
 /// The process must stop: dead, or the log is poisoned.
@@ -84,6 +86,7 @@ impl Driver {
             rng: SmallRng::seed_from_u64(seed),
             clock: 1000,
             compression,
+            recycles: false,
         }
     }
 
@@ -93,12 +96,29 @@ impl Driver {
             return Ok(());
         };
         if let Ok(file) = self.store.create(&FileId::Segment(name), SEGMENT_BYTES) {
+            if self.recycles {
+                self.leave_over(name);
+            }
             assert!(self.writer.add_prepared(name, file, SEGMENT_BYTES));
             Ok(())
         } else {
             self.writer.prepare_failed(name);
             Err(Halt)
         }
+    }
+
+    /// Behind the header stands what the segment before holds (and noise in the first one): the very batches and records that could most
+    /// easily be taken for those of the new segment.
+    fn leave_over(&mut self, name: SegmentName) {
+        let last = self.writer.segments().last();
+        let last = last.and_then(|last| self.store.peek(&FileId::Segment(last.name)));
+        let mut old = last.unwrap_or_else(|| {
+            let mut noise = vec![0; usize::try_from(SEGMENT_BYTES).unwrap()];
+            SmallRng::seed_from_u64(5).fill(&mut noise[..]);
+            noise
+        });
+        old.truncate(usize::try_from(SEGMENT_BYTES).unwrap());
+        self.store.poke(&FileId::Segment(name), 4096, &old[4096..]);
     }
 
     fn payload(&mut self) -> Bytes {
@@ -159,7 +179,11 @@ impl Driver {
             }
             match outcome {
                 Ok(appended) => {
-                    assert_eq!(appended.end, self.history.records.last().unwrap().1);
+                    let end = self.history.records.last().unwrap().1;
+                    assert_eq!((appended.end, self.writer.appended()), (end.lsn, end));
+                    if end.lsn.0.is_multiple_of(3) {
+                        self.writer.chain_up();
+                    }
                     return Ok(());
                 }
                 Err(AppendError::NeedSegment) => self.prepare()?,
@@ -270,6 +294,7 @@ impl Driver {
             rng: before.rng.clone(),
             clock: before.clock,
             compression: before.compression,
+            recycles: before.recycles,
         };
         Ok((found, driver))
     }

@@ -321,3 +321,41 @@ proptest! {
         prop_assert_eq!(driver.read_all(start).0, driver.expected(start));
     }
 }
+
+/// Nothing keeps the file here as it was, as a reader that has it open does: the reader must notice by itself.
+#[test]
+fn p10_a_file_that_is_recycled_under_a_reader_is_noticed_and_nothing_of_it_is_read() {
+    for offset in [None, Some(4096), Some(8192), Some(20_000)] {
+        let store = SimStore::new(3, 0, 64 << 20);
+        let mut driver = Driver::begin(&store, 3, Compression::None);
+        for _ in 0..30 {
+            driver.append().unwrap();
+        }
+        driver.sync().unwrap();
+        let view = driver.view();
+        let start = view.segments[0].start;
+        let mut reader = LogReader::open(store.clone(), &view, start).unwrap();
+        assert!(matches!(
+            reader.next(&view, Lsn(u64::MAX), 1).unwrap(),
+            Next::Records(_)
+        ));
+        let (old, new) = (FileId::Segment(view.segments[0].name), view.segments[1].name);
+        store.poke(&old, 0, &[0; 512]);
+        if let Some(offset) = offset {
+            // It has become another segment, and is written already.
+            let image = store.peek(&FileId::Segment(new)).unwrap();
+            store.poke(&old, 0, &image[..512]);
+            store.poke(&old, offset, &image[4096..12_000]);
+        }
+        let seen = reader.next(&view, Lsn(u64::MAX), 1 << 20);
+        assert!(
+            matches!(seen, Err(ReadError::Recycled { segment }) if FileId::Segment(segment) == old),
+            "{seen:?}"
+        );
+        let again = LogReader::open(store.clone(), &view, start);
+        assert!(
+            matches!(again, Err(ReadError::Defect(_))),
+            "a view that still names it is wrong: {again:?}"
+        );
+    }
+}

@@ -17,6 +17,7 @@ impl<S: Store> LogWriter<S> {
         }
         self.rewriting = true;
         self.requested = None;
+        self.chain_up();
         let mut pieces = self.pieces();
         let names = pieces.iter().map(|_| self.new_name()).collect::<Vec<_>>();
         pieces.iter_mut().zip(names).for_each(|(piece, name)| piece.name = name);

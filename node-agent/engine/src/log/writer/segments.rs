@@ -19,6 +19,12 @@ impl<S: Store> LogWriter<S> {
         self.prepared.take().map(|prepared| prepared.name)
     }
 
+    /// Length of the prepared segment (bytes).
+    #[must_use]
+    pub fn prepared_bytes(&self) -> u64 {
+        self.prepared.as_ref().map_or(0, |prepared| prepared.file_bytes)
+    }
+
     /// Name of the segment that should be created now, so that one is always prepared ahead. Each name is handed out once:
     /// answer it with `add_prepared` or `prepare_failed`.
     pub fn next_prepared(&mut self) -> Option<SegmentName> {

@@ -15,7 +15,7 @@ pub struct Appended {
     /// Its first byte.
     pub start: Lsn,
     /// Just behind it.
-    pub end: Position,
+    pub end: Lsn,
 }
 
 /// Why nothing was appended; the log is as before.

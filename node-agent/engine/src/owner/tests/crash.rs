@@ -121,7 +121,7 @@ fn prepared(seed: u64, durability: Durability) -> (Rig, Load) {
 }
 
 /// One crash of a kind: process death, or power loss with one of four fates for what was not synced.
-fn crash(rig: &mut Rig, kind: u64) -> Crash {
+pub(super) fn crash(rig: &mut Rig, kind: u64) -> Crash {
     match kind % 5 {
         0 => {
             rig.kill();

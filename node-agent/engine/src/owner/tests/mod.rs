@@ -2,6 +2,7 @@
 
 mod crash;
 mod pair;
+mod recycle;
 mod restart;
 mod writes;
 

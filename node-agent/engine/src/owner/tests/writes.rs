@@ -405,7 +405,10 @@ fn whoever_has_seen_a_flush_return_finds_a_published_durable_end_that_covers_it(
         rig.settle();
         assert!(flushes.len() > 10, "no flush waited");
         for (tag, end) in flushes {
-            assert!(rig.announced_at(tag).expect("answered") >= end, "answered before it was announced");
+            assert!(
+                rig.announced_at(tag).expect("answered") >= end,
+                "answered before it was announced"
+            );
         }
     });
 }
