@@ -1,26 +1,26 @@
 //! Moves everything, at random, from one seed: requests, jobs, messages, crashes, broken links, handovers, failovers, copies.
 //!
 //! What must hold, and is checked all the time: reads return the newest bytes and crashes lose nothing that was promised
-//! ([`Load`]); a handover loses nothing at all; a failover takes over exactly a state that the old primary once had; every consistent
+//! ([`Load`](mars_engine::testing::Load)); a handover loses nothing at all; a failover takes over exactly a state that the old primary once had; every consistent
 //! disk equals the history up to its applied position ([`Oracle`]); no two primaries under one designation; at the end, when all
 //! links and machines are back, all replicas become equal.
 
 use crate::node::{self, Node};
 use crate::oracle::Oracle;
-use mars_engine::api::{Answer, Command, CommandId, DataState, Io, IoResult, Reply, Role, Switches};
+use mars_engine::api::{Command, CommandId, DataState, Role, Switches};
 use mars_engine::lineage::Cause;
-use mars_engine::replication::histories::{Relation, relate};
 use mars_engine::store::FileId;
-use mars_engine::store_sim::Survival;
-use mars_engine::testing::{Crash, Load, Rig, small_params};
-use mars_engine::types::{ByteRange, Designation, Position, ReplicaId};
+use mars_engine::testing::{Crash, Rig, small_params};
+use mars_engine::types::{Designation, Position, ReplicaId};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use uuid::Uuid;
 
+mod crashes;
 mod heal;
+mod roles;
 
 /// Size of the simulated device (bytes): three regions of a sync.
 const DEVICE_BYTES: u64 = 768 << 10;
@@ -339,290 +339,6 @@ impl World {
             self.report.partitions += 1;
             self.nodes[a].disconnect(b);
             self.nodes[b].disconnect(a);
-        }
-    }
-
-    fn crash_somebody(&mut self) {
-        let at = self.any();
-        if !self.nodes[at].is_up() {
-            return;
-        }
-        self.learn(at);
-        if self.rng.random_bool(0.3) {
-            // In the middle of something, a few I/Os from now.
-            let io = self.nodes[at].rig.store.io_count() + self.rng.random_range(1..12);
-            self.nodes[at].rig.store.crash_at_io(io);
-            return;
-        }
-        self.die(at);
-    }
-
-    fn die(&mut self, at: usize) {
-        let crash = if self.rng.random_bool(0.5) {
-            self.report.kills += 1;
-            self.nodes[at].rig.kill();
-            Crash::Process
-        } else {
-            let survival = match self.rng.random_range(0..4) {
-                0 => Survival::OnlySynced,
-                1 => Survival::Everything,
-                2 => Survival::Some,
-                _ => Survival::Torn,
-            };
-            self.report.power_losses += 1;
-            self.nodes[at].rig.power_loss(survival);
-            Crash::Power
-        };
-        let worst = match self.crashed.get(&at) {
-            Some(Crash::Power) => Crash::Power,
-            _ => crash,
-        };
-        self.crashed.insert(at, worst);
-        self.orders.retain(|(node, _), _| *node != at);
-        self.nodes[at].forget_sessions();
-        for other in 0..self.nodes.len() {
-            self.nodes[other].disconnect(at);
-        }
-    }
-
-    /// A machine that died at an I/O of its own.
-    fn note_deaths(&mut self) {
-        for at in 0..self.nodes.len() {
-            if self.nodes[at].rig.store.is_dead() {
-                self.die(at);
-            }
-        }
-    }
-
-    fn start_somebody(&mut self) {
-        let down: Vec<usize> = (0..self.nodes.len()).filter(|at| !self.nodes[*at].is_up()).collect();
-        if !down.is_empty() {
-            let at = down[self.rng.random_range(0..down.len())];
-            self.start(at);
-        }
-    }
-
-    fn start(&mut self, at: usize) {
-        if let Err(error) = self.nodes[at].rig.open() {
-            assert!(
-                self.nodes[at].rig.store.is_dead(),
-                "node {at} does not start again: {error}"
-            );
-            return;
-        }
-        self.set_members(at);
-        let status = self.nodes[at].rig.owner().status();
-        assert_ne!(status.data, DataState::LogLost, "node {at} lost log that was durable");
-        let Some(resumable) = status.resumable else {
-            self.released_in_a_crash(at);
-            return;
-        };
-        // The agent's rule (P9): only when nobody is designated anew.
-        let newest = self.designated == at && self.handover.is_none();
-        let aborted = self
-            .handover
-            .is_some_and(|handover| handover.from == at && handover.end.is_none());
-        if newest || aborted {
-            if aborted {
-                self.handover = None;
-                self.designated = at;
-            }
-            let crash = self.crashed.get(&at).copied().unwrap_or(Crash::Process);
-            let id = self.nodes[at].rig.order(Command::Resume {
-                designation: resumable.designation,
-            });
-            self.orders.insert((at, id), Order::Resume { crash });
-        } else {
-            self.nodes[at].load = None;
-            let designation = self.designation;
-            self.nodes[at].rig.order(Command::StepDown { designation });
-        }
-    }
-
-    /// A node that closed, and died before it could say so, says so now.
-    fn released_in_a_crash(&mut self, at: usize) {
-        let released = self.nodes[at].rig.owner().status().released;
-        if let (Some(handover), Some(released)) = (&mut self.handover, released)
-            && handover.from == at
-            && handover.end.is_none()
-            && released.designation == handover.designation
-        {
-            handover.end = Some(released.end);
-        }
-    }
-
-    fn begin_handover(&mut self) {
-        let (from, to) = (self.designated, self.any());
-        let busy = self.handover.is_some() || !self.orders.is_empty() || self.has_forked(to, from);
-        let fit =
-            self.nodes[to].data() == Some(DataState::Consistent) && self.nodes[to].role() == Some(Role::Secondary);
-        if busy || from == to || self.nodes[from].role() != Some(Role::Primary) || !fit {
-            return;
-        }
-        let designation = self.new_designation(to);
-        self.handover = Some(Handover {
-            from,
-            to,
-            designation,
-            end: None,
-            promoting: false,
-        });
-        let successor = Some(self.ids[to]);
-        let id = self.nodes[from].rig.order(Command::Close {
-            designation,
-            to: successor,
-        });
-        self.orders.insert((from, id), Order::Close);
-    }
-
-    /// Whether `at` could not simply go on with the history of `leader`: the operator refuses a handover to it.
-    fn has_forked(&self, at: usize, leader: usize) -> bool {
-        if !self.nodes[at].is_up() || !self.nodes[leader].is_up() {
-            return true;
-        }
-        let (ours, theirs) = (
-            self.nodes[at].rig.owner().status(),
-            self.nodes[leader].rig.owner().status(),
-        );
-        let relation = relate((&ours.lineage, ours.durable), (&theirs.lineage, theirs.durable));
-        !matches!(relation, Relation::Same | Relation::Behind { .. })
-    }
-
-    /// Reads the whole device; `None` when the machine dies over it.
-    fn read_device(&mut self, at: usize) -> Option<Vec<u8>> {
-        let rig = &mut self.nodes[at].rig;
-        let len = rig.is_up().then(|| rig.owner().status().size_bytes)?;
-        match rig.io(Io::Read {
-            range: ByteRange { offset: 0, len },
-        })? {
-            IoResult::Data(bytes) => Some(bytes.to_vec()),
-            other => panic!("reading the device of node {at}: {other:?}"),
-        }
-    }
-
-    fn drive_handover(&mut self) {
-        let Some(handover) = self.handover else { return };
-        let Some(end) = handover.end else { return };
-        let to = &self.nodes[handover.to];
-        if !to.is_up() {
-            self.handover.as_mut().expect("checked").promoting = false;
-            return;
-        }
-        let status = to.rig.owner().status();
-        if self.has_forked(handover.to, handover.from) && self.nodes[handover.from].role() == Some(Role::Secondary) {
-            // It had bytes of a rival under way when it was chosen: an acknowledged failover gives the role back.
-            self.handover = None;
-            let designation = self.new_designation(handover.from);
-            self.promote(handover.from, designation, Cause::Failover);
-            return;
-        }
-        if !handover.promoting && status.role == Role::Secondary && status.durable == end {
-            self.handover.as_mut().expect("checked").promoting = true;
-            self.promote(handover.to, handover.designation, Cause::Handover);
-        }
-    }
-
-    fn promote(&mut self, at: usize, designation: Designation, cause: Cause) {
-        let id = self.nodes[at].rig.order(Command::Promote { designation, cause });
-        self.orders.insert((at, id), Order::Promote { designation, cause });
-    }
-
-    /// An acknowledged failover: to any consistent replica, whatever the others do.
-    fn fail_over(&mut self) {
-        let at = self.any();
-        let fit =
-            self.nodes[at].data() == Some(DataState::Consistent) && self.nodes[at].role() == Some(Role::Secondary);
-        let resumes = self.nodes[at].is_up() && self.nodes[at].rig.owner().status().resumable.is_some();
-        if !fit || resumes || self.orders.keys().any(|(node, _)| *node == at) {
-            return;
-        }
-        self.handover = None;
-        let designation = self.new_designation(at);
-        self.promote(at, designation, Cause::Failover);
-    }
-
-    fn collect(&mut self) {
-        let waiting: Vec<(usize, CommandId)> = self.orders.keys().copied().collect();
-        for (at, id) in waiting {
-            let Some(reply) = self.nodes[at].rig.reply(id) else {
-                continue;
-            };
-            let order = self.orders.remove(&(at, id)).expect("it was listed");
-            self.on_reply(at, order, reply);
-        }
-    }
-
-    fn on_reply(&mut self, at: usize, order: Order, reply: Reply) {
-        match (order, reply) {
-            (Order::Close, Ok(Answer::At(end))) => {
-                if let Some(handover) = self.handover.as_mut().filter(|handover| handover.from == at) {
-                    handover.end = Some(end);
-                }
-            }
-            (Order::Close, refused) => {
-                // Nothing was closed: the operator gives the role back.
-                assert!(refused.is_err(), "a close answers with its end");
-                if self.handover.is_some_and(|handover| handover.from == at) {
-                    self.handover = None;
-                    self.designated = at;
-                }
-            }
-            (Order::Promote { designation, cause }, Ok(_)) => self.promoted(at, designation, cause),
-            (Order::Promote { .. }, Err(_)) => {
-                if let Some(handover) = self.handover.as_mut().filter(|handover| handover.to == at) {
-                    handover.promoting = false;
-                }
-            }
-            (Order::Resume { crash }, Ok(_)) => self.resumed(at, crash),
-            (Order::Resume { .. }, Err(refusal)) => panic!("node {at} may resume and does not: {refusal}"),
-        }
-    }
-
-    /// A new primary: what does it hold?
-    fn promoted(&mut self, at: usize, designation: Designation, cause: Cause) {
-        let Some(content) = self.read_device(at) else { return };
-        self.crashed.remove(&at);
-        for other in 0..self.nodes.len() {
-            self.learn(other);
-        }
-        if cause != Cause::Create {
-            // The new epoch itself is not durable yet, and so not in the published history.
-            let status = self.nodes[at].rig.owner().status();
-            let end = status.appended;
-            let lineage = status.lineage.clone();
-            let epoch = lineage.0.last().expect("a primary has a history").id;
-            let expected = self.oracle.content_at(&lineage, Position { epoch, ..end });
-            assert!(
-                content == expected,
-                "node {at} opened at {end} ({cause:?}) with another content"
-            );
-        }
-        match cause {
-            Cause::Handover => {
-                let handover = self.handover.filter(|handover| handover.designation == designation);
-                let predecessor = handover.and_then(|handover| self.nodes[handover.from].load.take());
-                if let Some(mut load) = predecessor {
-                    let from = handover.expect("it was just looked at").from;
-                    load.collect(&mut self.nodes[from].rig);
-                    load.judge(&content, Crash::Process);
-                }
-                self.handover = None;
-                self.report.handovers += 1;
-            }
-            Cause::Failover => self.report.failovers += 1,
-            Cause::Create | Cause::Recovery | Cause::EmergencyExit => {}
-        }
-        self.nodes[at].load = Some(Load::with_content(content));
-    }
-
-    fn resumed(&mut self, at: usize, crash: Crash) {
-        let Some(content) = self.read_device(at) else { return };
-        self.crashed.remove(&at);
-        match &mut self.nodes[at].load {
-            Some(load) => {
-                load.judge(&content, crash);
-            }
-            None => self.nodes[at].load = Some(Load::with_content(content)),
         }
     }
 

@@ -1,6 +1,8 @@
 //! Tests of the owner on a simulated machine.
 
+mod copies;
 mod crash;
+mod handover;
 mod pair;
 mod recycle;
 mod restart;
