@@ -4,9 +4,8 @@
 
 mod common;
 
-use common::{Rig, attempt, run, text, wait_until};
+use common::{Rig, run, text, wait_until};
 use std::os::unix::fs::FileExt;
-use std::process::{Command, Stdio};
 
 const MIB: u64 = 1 << 20;
 
@@ -88,57 +87,6 @@ fn a11_ublk_advertises_cache_fua_discard_and_zeroes() {
 
 #[test]
 #[ignore = "needs ublk_drv: `make vm` runs it in a virtual machine"]
-fn a19_ublk_killed_again_and_again_under_fio_no_error_and_no_byte_wrong() {
-    let rig = Rig::for_ublk();
-    rig.storage(64 * MIB);
-    let mut served = rig.serve_plain(&["--defer"]);
-    let filename = format!("--filename={}", served.device());
-    let job = [
-        "--name=v",
-        "--rw=randwrite",
-        "--bsrange=4k-64k",
-        "--iodepth=16",
-        "--ioengine=libaio",
-        "--direct=1",
-    ];
-    let load = [
-        "--size=32M",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--verify_state_save=0",
-        "--verify_backlog=64",
-        "--loops=100000",
-        &filename,
-    ];
-    let mut fio = Command::new("fio")
-        .args(job)
-        .args(load)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let identity = (served.numbers.clone(), served.diskseq.clone());
-    for round in 0..common::kills() {
-        let before = served.sysfs("stat");
-        wait_until("I/O between two kills", || served.sysfs("stat") != before);
-        served.kill();
-        assert!(fio.try_wait().unwrap().is_none(), "fio ended after kill {round}");
-        served = rig.serve_plain(&["--defer"]);
-        assert_eq!(
-            (&served.numbers, &served.diskseq),
-            (&identity.0, &identity.1),
-            "another device after kill {round}"
-        );
-    }
-    run("kill", &["-INT", &fio.id().to_string()]);
-    common::assert_fio_clean(fio);
-    assert!(rig.log_text("server.log").contains("taking the device over"));
-    wait_until("the end of all use", || served.ok("users").is_empty());
-    served.ok("detach");
-}
-
-#[test]
-#[ignore = "needs ublk_drv: `make vm` runs it in a virtual machine"]
 fn ublk_grows_at_once_or_at_the_next_open() {
     let rig = Rig::for_ublk();
     rig.storage(64 * MIB);
@@ -181,33 +129,5 @@ fn a55_a_ublk_device_in_use_is_not_taken_away() {
     );
     drop(file);
     wait_until("the end of all use", || served.ok("users").is_empty());
-    served.ok("detach");
-}
-
-#[test]
-#[ignore = "needs ublk_drv: `make vm` runs it in a virtual machine"]
-fn a_ublk_device_pauses_over_a_planned_restart_with_a_file_system_mounted() {
-    let mut rig = Rig::for_ublk();
-    rig.storage(64 * MIB);
-    let mut served = rig.serve_plain(&[]);
-    run("mkfs.ext4", &["-q", "-F", served.device()]);
-    let at = rig.mount(&served.node.clone(), "defaults");
-    served.ok("stop");
-    drop(served);
-    let mut writer = Command::new("dd");
-    writer.args([
-        "if=/dev/zero",
-        &format!("of={}", at.join("f").display()),
-        "bs=1M",
-        "count=4",
-        "oflag=direct",
-    ]);
-    let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
-    let mut served = rig.serve_plain(&[]);
-    assert!(writer.wait().unwrap().success());
-    rig.umount();
-    run("fsck.ext4", &["-fn", served.device()]);
-    let (mounted, _) = attempt("mountpoint", &["-q", text(&rig.path("mnt"))]);
-    assert!(!mounted);
     served.ok("detach");
 }

@@ -37,8 +37,10 @@ pub enum SlotError {
     #[error("saved state: {0}; {1}: restore the replica directory, or invalidate this replica")]
     BothBad(BadSlot, BadSlot),
     /// Written by a newer version.
-    #[error("saved state has version {found}, newer than {SLOT_VERSION}: start the newer program again")]
+    #[error("slot-{index}: saved state has version {found}, newer than {SLOT_VERSION}: start the newer program again")]
     Newer {
+        /// 0 or 1.
+        index: u8,
         /// What was found.
         found: u32,
     },
@@ -301,7 +303,8 @@ fn read<F: StoreFile>(file: &F, index: u8) -> Result<Content, SlotError> {
         return Ok(bad("is damaged (checksum)", false));
     }
     if number(8) > SLOT_VERSION {
-        return Err(SlotError::Newer { found: number(8) });
+        let found = number(8);
+        return Err(SlotError::Newer { index, found });
     }
     let generation = u64::from_le_bytes(header[16..24].try_into().expect("eight bytes"));
     Ok(Content::State { generation, body })

@@ -67,6 +67,8 @@ pub struct Facts {
     pub disk_bytes: u64,
     /// Whether there is a device.
     pub has_device: bool,
+    /// The device shows an older, smaller size until it is made anew: this kernel cannot grow an open one.
+    pub resize_pending: bool,
     /// Who uses it, in words.
     pub device_users: Vec<String>,
     /// Other members.

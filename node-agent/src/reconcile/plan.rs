@@ -254,6 +254,10 @@ fn leave_primary(facts: &Facts, leave: Leave, plan: &mut Plan) {
 fn attach_or_detach(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     match (todo.attach, facts.has_device) {
         (true, false) => plan.steps.push(Step::Attach),
+        // Its next user opens a device of the right size: it is made anew while nobody has it open.
+        (true, true) if facts.resize_pending && facts.device_users.is_empty() => {
+            plan.steps.extend([Step::Detach, Step::Attach]);
+        }
         (false, true) if facts.device_users.is_empty() => plan.steps.push(Step::Detach),
         (false, true) => plan.wait(
             "DeviceInUse",

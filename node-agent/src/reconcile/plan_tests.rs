@@ -114,6 +114,7 @@ fn peer(number: u64, role: Role) -> PeerFacts {
 fn facts(status: ReplicaStatus) -> Facts {
     Facts {
         has_device: status.role == Role::Primary,
+        resize_pending: false,
         status: Arc::new(status),
         tuning: Some(tuning()),
         disk_bytes: 1 << 20,
@@ -293,6 +294,16 @@ fn a55_a_device_in_use_is_never_taken_away() {
     detach.attach = false;
     let plan = plan(&detach, &facts);
     assert_eq!((plan.steps.len(), reasons(&plan)), (0, vec!["DeviceInUse"]));
+}
+
+#[test]
+fn a37_a_device_that_cannot_grow_while_open_is_made_anew_once_nobody_uses_it() {
+    let mut facts = facts(status(Role::Primary, 3));
+    facts.resize_pending = true;
+    let order = todo(primary_grant(3, GrantCause::Create));
+    assert_eq!(plan(&order, &facts).steps, [Step::Detach, Step::Attach]);
+    facts.device_users = vec!["/mnt".into()];
+    assert_eq!(plan(&order, &facts), Plan::default(), "its users go on");
 }
 
 #[test]

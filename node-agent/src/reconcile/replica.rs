@@ -316,8 +316,18 @@ impl ReplicaTask {
             Grant::Secondary { .. } => true,
             Grant::Primary { .. } => !todo.attach,
         };
+        let resize_pending = running
+            .handle
+            .device()
+            .borrow()
+            .as_ref()
+            .is_some_and(|device| device.resize_pending);
         running
-            .refresh_users(if wanted { USERS_WANTED } else { USERS_IDLE })
+            .refresh_users(if wanted || resize_pending {
+                USERS_WANTED
+            } else {
+                USERS_IDLE
+            })
             .await;
         let status = running.engine.borrow_and_update().clone();
         let peers = running.line.now.borrow_and_update().clone();
@@ -327,6 +337,7 @@ impl ReplicaTask {
             tuning: running.tuning,
             disk_bytes: running.backing.size_bytes,
             has_device: running.handle.device().borrow().is_some(),
+            resize_pending,
             device_users: running.users.iter().map(ToString::to_string).collect(),
             peers: peers::peer_facts(todo, &peers),
             evidence: peers::evidence(

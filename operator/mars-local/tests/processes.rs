@@ -321,6 +321,36 @@ async fn poweroff_ends_a_node_and_its_memory_and_keeps_its_store() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a01_after_a_boot_of_the_machine_each_of_its_nodes_has_booted() {
+    let Some(mut cluster) = Cluster::new() else { return };
+    cluster.up().await;
+    cluster.pids();
+    cluster.ok(&["down"]);
+    assert!(cluster.up.take().unwrap().wait().unwrap().success(), "up has ended");
+    let boot = |cluster: &Cluster| std::fs::read_to_string(cluster.node("a").join("run/boot-id")).unwrap();
+    for machine_booted in [false, true] {
+        let before = boot(&cluster);
+        if machine_booted {
+            std::fs::write(cluster.node("a").join("machine-boot"), "an earlier boot\n").unwrap();
+            // What a machine that lost its power leaves on its disk.
+            std::fs::write(cluster.node("a").join("run/keeper.sock"), "").unwrap();
+            std::os::unix::fs::symlink("/dev/null", cluster.node("a").join("dev/stale")).unwrap();
+        }
+        cluster.spawn_up();
+        until("up says ready", || cluster.is_ready().then_some(()));
+        cluster.pids();
+        assert_eq!(boot(&cluster) != before, machine_booted);
+        assert!(!cluster.node("a").join("dev/stale").is_symlink());
+        cluster.kill_up();
+        for role in ["agent", "keeper"] {
+            let pid = cluster.pid("a", role).unwrap();
+            signal(pid, rustix::process::Signal::KILL);
+            until("its end", || (!runs(pid)).then_some(()));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn down_ends_everything_keeps_the_data_and_up_starts_again() {
     let Some(mut cluster) = Cluster::new() else { return };
     cluster.up().await;

@@ -4,7 +4,7 @@
 //! test first prints the objects, the Events and the ends of all logs.
 
 use crate::leftovers::{leftovers, sweep};
-use crate::machine::{Background, Cmd, program, until};
+use crate::machine::{Background, Cmd, in_vm, program, until};
 use crate::node::Node;
 use anyhow::{Context, Result, bail, ensure};
 use kube::Resource;
@@ -55,14 +55,13 @@ impl Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let in_vm = std::env::var_os("MARS_IN_VM").is_some();
         Self {
             nodes: ["a", "b", "c"].map(str::to_owned).to_vec(),
-            frontend: if in_vm { "ublk" } else { "loop" }.to_owned(),
+            frontend: if in_vm() { "ublk" } else { "loop" }.to_owned(),
             args: Vec::new(),
             env: Vec::new(),
             // In the VM the root file system is RAM over a network file system; /dev/shm is a plain tmpfs.
-            parent: if in_vm {
+            parent: if in_vm() {
                 PathBuf::from("/dev/shm")
             } else {
                 std::env::temp_dir()

@@ -191,13 +191,21 @@ pub fn run(program: &str, args: &[&str]) -> Result<String> {
     Cmd::new(program).args(args).run()
 }
 
+/// Whether this is the emulated machine of the VM tier.
+#[must_use]
+pub fn in_vm() -> bool {
+    std::env::var_os("MARS_IN_VM").is_some()
+}
+
+/// A directory on a disk. In the VM all others are RAM, which counts as memory of whoever writes it.
+#[must_use]
+pub fn on_disk() -> PathBuf {
+    std::env::var_os("MARS_TEST_DISK").map_or_else(std::env::temp_dir, PathBuf::from)
+}
+
 /// An emulated machine is slow: all limits are longer there.
 fn patient(limit: Duration) -> Duration {
-    if std::env::var_os("MARS_IN_VM").is_some() {
-        limit * 6
-    } else {
-        limit
-    }
+    if in_vm() { limit * 6 } else { limit }
 }
 
 fn wait_limited(child: &mut Child, limit: Duration) -> Result<ExitStatus> {

@@ -5,6 +5,7 @@
 use crate::machine::{Background, Cmd, alive, signal, until};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -82,11 +83,12 @@ impl Postgres {
         let (bin, data, socket) = (bin_dir()?, mount.join("pg"), scratch.join("socket"));
         std::fs::create_dir_all(&socket)?;
         Cmd::new("chown").arg("postgres:postgres").arg(&socket).run()?;
-        // The directories above belong to root and are closed to others.
-        for dir in scratch
-            .ancestors()
-            .take_while(|dir| dir.starts_with(std::env::temp_dir()) && **dir != std::env::temp_dir())
-        {
+        // The directories above belong to root and are closed to others, up to the one for everybody.
+        for dir in scratch.ancestors() {
+            let mode = dir.metadata()?.permissions().mode();
+            if mode & 0o1000 != 0 || dir == Path::new("/") {
+                break;
+            }
             Cmd::new("chmod").arg("a+x").arg(dir).run()?;
         }
         let log = data.join("server.log");

@@ -206,5 +206,5 @@ fn a_newer_version_is_refused_and_a_too_large_state_too() {
     image[CRC_AT..HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
     store.poke(&FileId::Slot(0), 0, &image);
     let error = Slots::<_, Saved>::open(&store).unwrap_err();
-    assert!(matches!(error, SlotError::Newer { found: 2 }), "{error}");
+    assert!(matches!(error, SlotError::Newer { index: 0, found: 2 }), "{error}");
 }

@@ -6,7 +6,7 @@
 use super::cgroup::Groups;
 use super::config::{ClusterConfig, NodeConfig};
 use super::launch::{Launch, own_program};
-use super::process::Process;
+use super::process::{Process, kernel_boot_id};
 use super::{FileError, StateDir, devices, file_error, write_private};
 use mars_engine::types::{ClusterId, NodeId};
 use mars_node_agent::identity::{Identity, IdentityError};
@@ -15,6 +15,7 @@ use mars_node_agent::replication::pki::{Authority, NODE_VALIDITY, PkiError};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -265,6 +266,7 @@ impl Node {
             })?;
             self.new_boot()?;
         }
+        self.notice_machine_boot()?;
         if !layout.node_dir().join("identity.json").is_file() && !is_new {
             tracing::warn!(node = self.name(), store = %layout.state_dir.display(), "the node's identity is missing: is its store mounted? nothing is made anew");
             return Ok(());
@@ -291,6 +293,20 @@ impl Node {
     fn new_boot(&self) -> Result<(), FileError> {
         let text = format!("{}\n", uuid::Uuid::new_v4());
         write_private(&self.dir().join("run").join("boot-id"), text.as_bytes())
+    }
+
+    /// When the machine below has booted since, each of its nodes has, too: what a node keeps in memory is gone, whatever lies in
+    /// its run directory. The caller holds the lock.
+    fn notice_machine_boot(&self) -> Result<(), NodeError> {
+        let (path, now) = (self.dir().join("machine-boot"), kernel_boot_id());
+        match fs::read_to_string(&path) {
+            Ok(before) if before.trim() == now => return Ok(()),
+            Ok(_) => self.lose_memory()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(file_error("reading", &path)(error).into()),
+        }
+        // Last: an attempt that is cut short is made again.
+        Ok(write_private(&path, format!("{now}\n").as_bytes())?)
     }
 
     fn arguments(&self, role: Role) -> Vec<String> {
@@ -370,6 +386,7 @@ impl Node {
     /// A program is missing or ends at once.
     pub fn start(&self) -> Result<(), NodeError> {
         let _lock = self.lock()?;
+        self.notice_machine_boot()?;
         self.want(Wanted {
             agent: true,
             keeper: true,

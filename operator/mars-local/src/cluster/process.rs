@@ -24,7 +24,8 @@ pub(super) struct Process {
     pub(super) since: String,
 }
 
-fn kernel_boot_id() -> String {
+/// What the kernel calls this boot.
+pub(super) fn kernel_boot_id() -> String {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     text.trim().to_owned()
 }

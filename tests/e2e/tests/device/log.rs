@@ -156,7 +156,8 @@ fn a37_resize_discard_and_write_zeroes_take_effect_on_every_replica() {
         until("the device has grown", Duration::from_mins(1), || {
             Ok(mars_e2e::device::size_bytes(&volume.wait_primary("a")?)? == 96 << 20)
         })?;
-        let file = File::options().write(true).open(&device)?;
+        // A kernel that cannot grow an open device shows another one, with the new size, once nobody has the old one open.
+        let file = File::options().write(true).open(volume.wait_primary("a")?)?;
         file.write_all_at(&[42; 8192], (96 << 20) - 8192)?;
         file.sync_all()?;
         // A crash replays the same records once more.
