@@ -35,21 +35,21 @@ fn file_system_survives_a_handover(cluster: &Cluster, fs: Fs) -> Result<()> {
 
 #[test]
 fn an_ext4_file_system_survives_use_discard_and_handover() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         file_system_survives_a_handover(cluster, Fs::Ext4)
     });
 }
 
 #[test]
 fn an_xfs_file_system_survives_use_discard_and_handover() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         file_system_survives_a_handover(cluster, Fs::Xfs)
     });
 }
 
 #[test]
 fn fio_verifies_random_writes_of_mixed_sizes_by_four_jobs() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "fio", "256Mi", "a", &["a", "b"])?;
         Fio {
             bytes_per_job: 64 << 20,
@@ -66,7 +66,7 @@ fn fio_verifies_random_writes_of_mixed_sizes_by_four_jobs() {
 /// A test that reads node B's device must be reading node B's data.
 #[test]
 fn the_device_of_a_node_is_backed_by_the_data_of_that_node() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "own", "64Mi", "a", &["a", "b"])?;
         let on_a = identity(&volume.wait_primary("a")?)?;
         Fio {

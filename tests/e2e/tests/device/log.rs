@@ -48,7 +48,7 @@ fn write_then_read(device: &Path, first_block: u64, stop: &AtomicBool, rounds: &
 
 #[test]
 fn a10_a_read_returns_the_newest_acknowledged_bytes_also_across_agent_crashes() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "newest", "64Mi", "a", &["a", "b"])?;
         let device = volume.device("a");
         let (stop, rounds) = (AtomicBool::new(false), [AtomicU64::new(0), AtomicU64::new(0)]);

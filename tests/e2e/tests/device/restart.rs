@@ -20,7 +20,7 @@ fn kills() -> usize {
 
 #[test]
 fn a19_a_hundred_kills_of_the_agent_under_verified_load_are_not_noticed() {
-    scenario(Options::default(), |cluster| kills_under_load(cluster, kills()));
+    scenario(Options::two(), |cluster| kills_under_load(cluster, kills()));
 }
 
 fn kills_under_load(cluster: &Cluster, kills: usize) -> Result<()> {
@@ -66,7 +66,7 @@ fn kills_under_load(cluster: &Cluster, kills: usize) -> Result<()> {
 
 #[test]
 fn p1_every_acknowledged_write_survives_the_death_of_the_agent() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "acked", "64Mi", "a", &["a", "b"])?;
         let device = open_direct(&volume.device("a"))?;
         let mut ledger = Ledger::new(2048);

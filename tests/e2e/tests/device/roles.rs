@@ -33,7 +33,7 @@ fn watch_for_two_primaries(dirs: &[PathBuf; 2], resource: &str, stop: &AtomicBoo
 
 #[test]
 fn a50_handovers_under_load_lose_no_acknowledged_write_and_never_make_two_primaries() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "over", "64Mi", "a", &["a", "b"])?;
         let mut ledger = Ledger::new(2048);
         let stop = &AtomicBool::new(false);
@@ -312,7 +312,7 @@ fn a53_two_primaries_both_run_on_and_secondaries_stop_before_the_fork() {
 
 #[test]
 fn a55_a_device_in_use_is_never_taken_away_and_the_user_is_named() {
-    scenario(Options::default(), |cluster| {
+    scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "busy", "64Mi", "a", &["a", "b"])?;
         Fs::Ext4.make(&volume.device("a"))?;
         let mounted = Mount::new(&volume.device("a"), &cluster.scratch("mnt")?, "noatime")?;
