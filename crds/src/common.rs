@@ -50,7 +50,8 @@ pub struct HistoryPosition {
     reason = "four independent switches are what the users see"
 )]
 pub struct Switches {
-    /// Hold the data disk open and take part.
+    /// Hold the data disk. Off on a primary: no device. Off on a secondary: the data disk is let go of at rest, with the content at
+    /// the applied position, so that it can be mounted read-only; log is still fetched, nothing is applied.
     pub attach: bool,
     /// Transfer log from other members.
     pub fetch: bool,

@@ -127,6 +127,9 @@ pub struct MarsReplicaSpec {
     /// The newest designation, whoever it names; absent before the first one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub designation: Option<DesignationRef>,
+    /// Whom `designation` names, and whose history counts; absent when nobody was ever designated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub designated: Option<Designated>,
     /// Why the primary role is granted; meaningful with `role: Primary`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<GrantCause>,
@@ -172,6 +175,22 @@ pub struct MarsReplicaSpec {
     /// What the deletion of this object does with the data.
     #[serde(default)]
     pub data_policy: DataPolicy,
+}
+
+/// Whom a designation names, and how to know the history to follow when that replica does not answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Designated {
+    /// The replica that shall be primary; absent: nobody shall.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replica_uuid: Option<Uuid>,
+    /// While a handover or demotion is under way: the replica whose history is followed until the successor has begun its epoch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub predecessor: Option<Uuid>,
+    /// The newest epoch that the replica to follow (`predecessor`, else `replicaUuid`) has reported as its own: members whose
+    /// history goes through it may stand in for that replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<Uuid>,
 }
 
 /// An order to close. Absent `replicaUuid`: a plain demotion.
@@ -337,12 +356,12 @@ pub struct Fork {
     pub ours_bytes: i64,
     /// Bytes only the other has.
     pub theirs_bytes: i64,
-    /// Seconds between the fork and this replica's last write.
-    #[serde(default)]
-    pub ours_seconds: i64,
-    /// Seconds between the fork and the other's last write.
-    #[serde(default)]
-    pub theirs_seconds: i64,
+    /// Seconds between the fork and this replica's last write; absent while that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ours_seconds: Option<i64>,
+    /// Seconds between the fork and the other's last write, as far as it has told; absent while that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub theirs_seconds: Option<i64>,
 }
 
 /// Contact with another member.
@@ -388,6 +407,9 @@ pub struct MarsReplicaStatus {
     /// Identity of the node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_uuid: Option<Uuid>,
+    /// Incarnation that this report is about: a report of another one than `spec.replicaUuid` is a late one and does not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replica_uuid: Option<Uuid>,
     /// Size of the device as of the applied position (bytes).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_bytes: Option<i64>,

@@ -290,12 +290,12 @@ pub struct ForkReport {
     pub node_bytes: i64,
     /// Bytes only `other` has.
     pub other_bytes: i64,
-    /// Seconds between the fork and the last write of `node`.
-    #[serde(default)]
-    pub node_seconds: i64,
-    /// Seconds between the fork and the last write of `other`.
-    #[serde(default)]
-    pub other_seconds: i64,
+    /// Seconds between the fork and the last write of `node`; absent while that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_seconds: Option<i64>,
+    /// Seconds between the fork and the last write of `other`; absent while that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub other_seconds: Option<i64>,
 }
 
 /// A replica that was given up by `ForgetNode`. When its node returns, the data is quarantined: never announced, never erased.

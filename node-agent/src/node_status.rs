@@ -209,7 +209,7 @@ impl NodeReporter {
             .is_empty()
             .then(|| "no block devices can be made: start the device keeper, or load ublk_drv".to_owned());
         let problem = no_frontend
-            .or(trouble)
+            .or_else(|| trouble.clone())
             .or((!absent.is_empty()).then(|| format!("pools not there: {absent}. Mount them; their replicas wait")));
         if problem.is_some() {
             "Degraded".clone_into(&mut status.state);
@@ -221,6 +221,15 @@ impl NodeReporter {
         match &problem {
             Some(message) => set(conditions::READY, Truth::False, "Degraded", message),
             None => set(conditions::READY, Truth::True, "Running", "the agent serves"),
+        }
+        match &trouble {
+            Some(message) => set("DevicesSurvive", Truth::False, "KeeperTrouble", message),
+            None => set(
+                "DevicesSurvive",
+                Truth::True,
+                "Kept",
+                "open devices survive the death of this agent",
+            ),
         }
         let slip = "reclaim of memory may wait for this agent: grant CAP_SYS_RESOURCE";
         match &self.hardening.io_flusher {

@@ -22,7 +22,7 @@ pub mod queue;
 pub mod world;
 
 pub use plan::{Intent, Plan, plan};
-pub use world::{NodeView, Settings, World};
+pub use world::{NodeView, Settings, World, with_own_status};
 
 use kube::Client;
 use std::time::Duration;

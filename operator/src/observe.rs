@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::cache::{Cache, Kind, resource_of};
 use crate::hearing::Hearing;
-use crate::world::{NodeView, Settings, World};
+use crate::world::{NodeView, Settings, World, with_own_status};
 
 /// Objects of all kinds, undecoded.
 struct Raw {
@@ -99,7 +99,8 @@ pub async fn fresh(client: &Client, around: &Surroundings, name: &str) -> Result
 fn decode(raw: &Raw, around: &Surroundings, name: &str, fresh: bool) -> Result<World, ObserveError> {
     let resource: MarsResource = parse(&raw.resource).map_err(|(_, reason)| ObserveError::Undecodable(reason))?;
     let mut undecodable = Vec::new();
-    let mut replicas: Vec<MarsReplica> = ours(&raw.replicas, name, &mut undecodable);
+    let replicas: Vec<MarsReplica> = ours(&raw.replicas, name, &mut undecodable);
+    let mut replicas: Vec<MarsReplica> = replicas.into_iter().map(with_own_status).collect();
     replicas.sort_by(|left, right| left.spec.node.cmp(&right.spec.node));
     let mut bad_actions = Vec::new();
     let mut actions: Vec<MarsAction> = ours(&raw.actions, name, &mut bad_actions);

@@ -124,6 +124,18 @@ impl World {
     }
 }
 
+/// The object with its status only if that is about this very incarnation. After `ForgetNode` and a new join the last words of
+/// the incarnation before may still arrive under the same name; taken for its successor's they would, for instance, make a new
+/// replica look as if it had held data.
+#[must_use]
+pub fn with_own_status(mut replica: MarsReplica) -> MarsReplica {
+    let ours = replica.spec.replica_uuid;
+    replica.status = replica
+        .status
+        .filter(|status| status.replica_uuid.is_none_or(|uuid| uuid == ours));
+    replica
+}
+
 /// What one replica says about itself, from its `MarsReplica` and from the inventory of its node.
 #[derive(Debug, Clone)]
 pub struct Report {

@@ -6,7 +6,8 @@
 //!                    /log/spare-000000001-0123abcd  what was a segment and will be another one
 //!                    /summary/log-000000001-0123abcd  touched extents
 //! ```
-//! The data disk comes in as an open file: whoever opened it holds it exclusively (`O_EXCL` on a block device).
+//! The data disk comes in as an open file: whoever opened it holds it exclusively (`O_EXCL` on a block device). It can be let go
+//! of while the replica stays open ([`FsStore::detach_data`]).
 //!
 //! Whoever has a segment open holds a shared `flock` on it, for as long as any clone of the open file lives: so a spare is taken for a new
 //! segment only when no reader of the old one is left, in whatever process.
@@ -14,8 +15,11 @@
 //! Invariants: nothing is created except by `create` and `create_layout`; a layout that is missing is an error, never made up
 //! for. A file has all its blocks written and is in its directory durably before anybody gets it.
 
+mod data_disk;
+
 use crate::store::{FileId, SegmentName, Store, StoreFile};
 use crate::types::ByteRange;
+use data_disk::{DataDisk, OpenFile};
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
@@ -44,14 +48,21 @@ struct Shared {
     root: OwnedFd,
     log: OwnedFd,
     summary: OwnedFd,
-    data: FsFile,
+    data: Arc<DataDisk>,
 }
 
 /// An open file.
 #[derive(Debug, Clone)]
 pub struct FsFile {
-    file: Arc<File>,
-    is_block_device: bool,
+    kind: FsFileKind,
+}
+
+#[derive(Debug, Clone)]
+enum FsFileKind {
+    /// A file of the replica's directory.
+    Own(Arc<OpenFile>),
+    /// The data disk, which may be detached.
+    Data(Arc<DataDisk>),
 }
 
 fn open_dir(parent: &impl std::os::fd::AsFd, name: &str) -> io::Result<OwnedFd> {
@@ -86,17 +97,28 @@ impl FsStore {
     /// # Errors
     /// `NotFound` when the layout is not there; any I/O error.
     pub fn open(path: &Path, data: File) -> io::Result<Self> {
+        Self::open_with(path, DataDisk::attached(OpenFile::new(data)?))
+    }
+
+    /// Opens the directory of a replica whose data disk is detached; it had this size (bytes).
+    ///
+    /// # Errors
+    /// As for [`FsStore::open`].
+    pub fn open_detached(path: &Path, size_bytes: u64) -> io::Result<Self> {
+        Self::open_with(path, DataDisk::detached(size_bytes))
+    }
+
+    fn open_with(path: &Path, data: DataDisk) -> io::Result<Self> {
         let root: OwnedFd = File::open(path).map_err(named(path))?.into();
         let log = open_dir(&root, LOG_DIR).map_err(named(&path.join(LOG_DIR)))?;
         let summary = open_dir(&root, SUMMARY_DIR).map_err(named(&path.join(SUMMARY_DIR)))?;
-        let data = FsFile::new(data)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 path: path.to_owned(),
                 root,
                 log,
                 summary,
-                data,
+                data: Arc::new(data),
             }),
         })
     }
@@ -105,6 +127,24 @@ impl FsStore {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.shared.path
+    }
+
+    /// Lets go of the data disk: everything written to it is durable, and the file is closed, when this returns. The caller has
+    /// brought its owner to rest (no replay, no copy, everything loaded is applied): what the owner asks of the disk now fails.
+    ///
+    /// # Errors
+    /// The disk cannot be flushed; then nothing has changed.
+    pub fn detach_data(&self) -> io::Result<()> {
+        self.shared.data.detach(size_of_open)
+    }
+
+    /// Takes the data disk back. It holds what it held when it was let go of: the caller has made sure.
+    ///
+    /// # Errors
+    /// The file cannot be examined.
+    pub fn attach_data(&self, data: File) -> io::Result<()> {
+        self.shared.data.attach(OpenFile::new(data)?);
+        Ok(())
     }
 
     fn place(&self, id: &FileId) -> (&OwnedFd, String) {
@@ -174,7 +214,7 @@ impl Store for FsStore {
         file.mark_open(id);
         let filled = file
             .fill(len)
-            .and_then(|()| file.file.sync_all())
+            .and_then(|()| file.with(|open| open.file.sync_all()))
             .and_then(|()| Self::sync_dir_fd(dir));
         if let Err(error) = filled {
             if let Err(unlink) = rustix::fs::unlinkat(dir, &name, AtFlags::empty()) {
@@ -187,7 +227,8 @@ impl Store for FsStore {
 
     fn open(&self, id: &FileId) -> io::Result<FsFile> {
         if *id == FileId::Data {
-            return Ok(self.shared.data.clone());
+            let kind = FsFileKind::Data(self.shared.data.clone());
+            return Ok(FsFile { kind });
         }
         let file = self.open_existing(id)?;
         file.mark_open(id);
@@ -197,11 +238,11 @@ impl Store for FsStore {
     fn open_alone(&self, id: &FileId) -> io::Result<Option<FsFile>> {
         assert!(*id != FileId::Data, "the data disk is always open");
         let file = self.open_existing(id)?;
-        if rustix::fs::flock(&*file.file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if file.lock(FlockOperation::NonBlockingLockExclusive).is_err() {
             return Ok(None);
         }
         // From now on others may read it, too.
-        rustix::fs::flock(&*file.file, FlockOperation::NonBlockingLockShared)?;
+        file.lock(FlockOperation::NonBlockingLockShared)?;
         Ok(Some(file))
     }
 
@@ -245,22 +286,38 @@ impl Store for FsStore {
     }
 }
 
+fn size_of_open(open: &OpenFile) -> io::Result<u64> {
+    if open.is_block_device {
+        // All other I/O names its offset, so that the shared file position does not matter.
+        return Ok(rustix::fs::seek(&open.file, SeekFrom::End(0))?);
+    }
+    Ok(open.file.metadata()?.len())
+}
+
 impl FsFile {
     fn new(file: File) -> io::Result<Self> {
-        use std::os::unix::fs::FileTypeExt;
-        let is_block_device = file.metadata()?.file_type().is_block_device();
         Ok(Self {
-            file: Arc::new(file),
-            is_block_device,
+            kind: FsFileKind::Own(Arc::new(OpenFile::new(file)?)),
         })
     }
 
     /// A segment that is open is not recycled. Where the file system knows no locks, `open_alone` fails, and nothing ever is.
     fn mark_open(&self, id: &FileId) {
         if matches!(id, FileId::Segment(_))
-            && let Err(error) = rustix::fs::flock(&*self.file, FlockOperation::NonBlockingLockShared)
+            && let Err(error) = self.lock(FlockOperation::NonBlockingLockShared)
         {
             tracing::debug!(?id, %error, "an open segment is not marked as such");
+        }
+    }
+
+    fn lock(&self, operation: FlockOperation) -> io::Result<()> {
+        self.with(|open| Ok(rustix::fs::flock(&open.file, operation)?))
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&OpenFile) -> io::Result<T>) -> io::Result<T> {
+        match &self.kind {
+            FsFileKind::Own(open) => work(open),
+            FsFileKind::Data(disk) => disk.with(work),
         }
     }
 
@@ -289,84 +346,90 @@ impl FsFile {
 
 impl StoreFile for FsFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(&*self.file, buffer, offset)
+        self.with(|open| std::os::unix::fs::FileExt::read_exact_at(&open.file, buffer, offset))
     }
 
     fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
-        let total: usize = parts.iter().map(|part| part.len()).sum();
-        let done = match parts {
-            [one] => pwrite_once(&self.file, &[IoSlice::new(one)], offset)?,
-            [one, two] => pwrite_once(&self.file, &[IoSlice::new(one), IoSlice::new(two)], offset)?,
-            [one, two, three] => pwrite_once(&self.file, &[one, two, three].map(|part| IoSlice::new(part)), offset)?,
-            [one, two, three, four] => pwrite_once(
-                &self.file,
-                &[one, two, three, four].map(|part| IoSlice::new(part)),
-                offset,
-            )?,
-            _ => 0,
-        };
-        if done == total {
-            Ok(())
-        } else {
-            self.write_rest(parts, offset, done)
-        }
+        self.with(|open| write_parts(&open.file, parts, offset))
     }
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         if len == 0 {
             return Ok(());
         }
-        // A hole in a file; on a block device the kernel unmaps only where that is sure to read as zeros afterwards.
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&*self.file, punch, offset, len) {
-            Ok(()) => return Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NODEV) => {}
-            Err(error) => return Err(error.into()),
-        }
-        if self.is_block_device {
-            let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-            if rustix::fs::fallocate(&*self.file, zero, offset, len).is_ok() {
-                return Ok(());
-            }
-        }
-        self.write_zeros(offset, len)
+        let is_done = self.with(|open| zero_cheaply(open, offset, len))?;
+        if is_done { Ok(()) } else { self.write_zeros(offset, len) }
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.with(|open| open.file.sync_data())
     }
 
     fn size(&self) -> io::Result<u64> {
-        if self.is_block_device {
-            // All other I/O names its offset, so that the shared file position does not matter.
-            return Ok(rustix::fs::seek(&*self.file, SeekFrom::End(0))?);
+        if let FsFileKind::Data(disk) = &self.kind
+            && let Some(size_bytes) = disk.remembered_size()
+        {
+            return Ok(size_bytes);
         }
-        Ok(self.file.metadata()?.len())
+        self.with(size_of_open)
     }
 
     fn next_data(&self, from: u64) -> io::Result<Option<ByteRange>> {
-        let size = self.size()?;
-        if from >= size {
-            return Ok(None);
-        }
-        let everything = ByteRange {
-            offset: from,
-            len: size - from,
-        };
-        if self.is_block_device {
-            return Ok(Some(everything));
-        }
-        let offset = match rustix::fs::seek(&*self.file, SeekFrom::Data(from)) {
-            Ok(offset) => offset,
-            Err(Errno::NXIO) => return Ok(None),
-            Err(Errno::INVAL) => return Ok(Some(everything)),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(&*self.file, SeekFrom::Hole(offset))?;
-        Ok((offset < end).then(|| ByteRange {
-            offset,
-            len: end - offset,
-        }))
+        self.with(|open| next_data(open, from))
+    }
+}
+
+/// Makes a range read as zeros where that is cheap; `false`: it is not.
+fn zero_cheaply(open: &OpenFile, offset: u64, len: u64) -> io::Result<bool> {
+    // A hole in a file; on a block device the kernel unmaps only where that is sure to read as zeros afterwards.
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(&open.file, punch, offset, len) {
+        Ok(()) => return Ok(true),
+        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NODEV) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+    Ok(open.is_block_device && rustix::fs::fallocate(&open.file, zero, offset, len).is_ok())
+}
+
+fn next_data(open: &OpenFile, from: u64) -> io::Result<Option<ByteRange>> {
+    let size = size_of_open(open)?;
+    if from >= size {
+        return Ok(None);
+    }
+    let everything = ByteRange {
+        offset: from,
+        len: size - from,
+    };
+    if open.is_block_device {
+        return Ok(Some(everything));
+    }
+    let offset = match rustix::fs::seek(&open.file, SeekFrom::Data(from)) {
+        Ok(offset) => offset,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL) => return Ok(Some(everything)),
+        Err(error) => return Err(error.into()),
+    };
+    let end = rustix::fs::seek(&open.file, SeekFrom::Hole(offset))?;
+    Ok((offset < end).then(|| ByteRange {
+        offset,
+        len: end - offset,
+    }))
+}
+
+fn write_parts(file: &File, parts: &[&[u8]], offset: u64) -> io::Result<()> {
+    let total: usize = parts.iter().map(|part| part.len()).sum();
+    let done = match parts {
+        [one] => pwrite_once(file, &[IoSlice::new(one)], offset)?,
+        [one, two] => pwrite_once(file, &[IoSlice::new(one), IoSlice::new(two)], offset)?,
+        [one, two, three] => pwrite_once(file, &[one, two, three].map(|part| IoSlice::new(part)), offset)?,
+        [one, two, three, four] => pwrite_once(file, &[one, two, three, four].map(|part| IoSlice::new(part)), offset)?,
+        _ => 0,
+    };
+    if done == total {
+        Ok(())
+    } else {
+        write_rest(file, parts, offset, done)
     }
 }
 
@@ -382,28 +445,26 @@ fn pwrite_once(file: &File, slices: &[IoSlice<'_>], offset: u64) -> io::Result<u
 /// Most parts that one `pwritev` takes (`IOV_MAX`).
 const MAX_PARTS: usize = 1024;
 
-impl FsFile {
-    /// What a short write left, and lists of more than four parts.
-    #[cold]
-    fn write_rest(&self, parts: &[&[u8]], offset: u64, mut done: usize) -> io::Result<()> {
-        let total: usize = parts.iter().map(|part| part.len()).sum();
-        while done < total {
-            let mut skip = done;
-            let mut slices = Vec::with_capacity(parts.len().min(MAX_PARTS));
-            for part in parts {
-                if skip >= part.len() {
-                    skip -= part.len();
-                } else if slices.len() < MAX_PARTS {
-                    slices.push(IoSlice::new(&part[std::mem::take(&mut skip)..]));
-                }
-            }
-            match pwrite_once(&self.file, &slices, offset + done as u64)? {
-                0 => return Err(io::ErrorKind::WriteZero.into()),
-                count => done += count,
+/// What a short write left, and lists of more than four parts.
+#[cold]
+fn write_rest(file: &File, parts: &[&[u8]], offset: u64, mut done: usize) -> io::Result<()> {
+    let total: usize = parts.iter().map(|part| part.len()).sum();
+    while done < total {
+        let mut skip = done;
+        let mut slices = Vec::with_capacity(parts.len().min(MAX_PARTS));
+        for part in parts {
+            if skip >= part.len() {
+                skip -= part.len();
+            } else if slices.len() < MAX_PARTS {
+                slices.push(IoSlice::new(&part[std::mem::take(&mut skip)..]));
             }
         }
-        Ok(())
+        match pwrite_once(file, &slices, offset + done as u64)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => done += count,
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -141,12 +141,25 @@ impl BlockFrontend for LoopFrontend {
         FrontendKind::Loop
     }
 
-    fn has_leftover(&self, replica: ReplicaId) -> Result<bool, FrontendError> {
-        Ok(self
-            .check_keeper()?
-            .held
+    fn leftover(&self, replica: ReplicaId) -> Result<Option<Device>, FrontendError> {
+        let held = self.check_keeper()?.held;
+        let identity = held
             .iter()
-            .any(|(held, device)| *held == replica && device.is_some()))
+            .find(|(held, _)| *held == replica)
+            .and_then(|(_, device)| *device);
+        Ok(identity.map(|identity| device_of(replica, identity)))
+    }
+
+    fn discard(&self, leftover: &Device) -> Result<(), FrontendError> {
+        if self.open_devices().devices.contains_key(&leftover.replica) {
+            let reason = "it is open here: close it instead".to_owned();
+            let path = leftover.node.clone();
+            return Err(FrontendError::InTheWay { path, reason });
+        }
+        match self.keeper.abort(leftover.replica) {
+            Ok(()) | Err(KeeperError::Unknown) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn open(&self, params: &OpenParams, seat: &Seat) -> Result<Device, FrontendError> {
@@ -164,12 +177,7 @@ impl BlockFrontend for LoopFrontend {
             wait_for_node(identity.number)?;
             Ok(identity)
         };
-        let LoopIdentity {
-            number,
-            major,
-            minor,
-            diskseq,
-        } = match set_up() {
+        let identity = match set_up() {
             Ok(identity) => identity,
             Err(error) => {
                 // A device that existed keeps its connection and waits; a new one leaves nothing behind.
@@ -181,16 +189,9 @@ impl BlockFrontend for LoopFrontend {
             }
         };
         Ok(Device {
-            kind: FrontendKind::Loop,
-            replica: params.replica,
-            link: PathBuf::new(),
-            node: loopdev::node(number),
-            major,
-            minor,
-            diskseq,
             size_bytes: params.size_bytes,
-            resize_pending: false,
             survives_restart,
+            ..device_of(params.replica, identity)
         })
     }
 
@@ -220,6 +221,28 @@ impl BlockFrontend for LoopFrontend {
     fn maintain(&self) -> Result<(), FrontendError> {
         self.check_keeper()?;
         Ok(())
+    }
+}
+
+/// What the kernel says of a loop device; nobody serves it yet.
+fn device_of(replica: ReplicaId, identity: LoopIdentity) -> Device {
+    let LoopIdentity {
+        number,
+        major,
+        minor,
+        diskseq,
+    } = identity;
+    Device {
+        kind: FrontendKind::Loop,
+        replica,
+        link: PathBuf::new(),
+        node: loopdev::node(number),
+        major,
+        minor,
+        diskseq,
+        size_bytes: 0,
+        resize_pending: false,
+        survives_restart: false,
     }
 }
 

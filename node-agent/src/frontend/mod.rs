@@ -143,6 +143,15 @@ pub struct Device {
     pub survives_restart: bool,
 }
 
+impl Device {
+    /// Whether the kernel still has this very device; its number may belong to another one by now.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        let diskseq = sysfs::attribute(&sysfs::dir(self.major, self.minor).join("diskseq"));
+        diskseq.is_some_and(|now| now.parse() == Ok(self.diskseq))
+    }
+}
+
 /// How a change of size went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resized {
@@ -229,11 +238,18 @@ pub trait BlockFrontend: Send + Sync {
     /// Which one this is.
     fn kind(&self) -> FrontendKind;
 
-    /// Whether a device of this replica is left from a former life of the agent.
+    /// The device of this replica that a former life of the agent left, if there is one. It is not served and has no link.
     ///
     /// # Errors
     /// When that cannot be found out: then no other frontend may make one either.
-    fn has_leftover(&self, replica: ReplicaId) -> Result<bool, FrontendError>;
+    fn leftover(&self, replica: ReplicaId) -> Result<Option<Device>, FrontendError>;
+
+    /// Gives up a device that is left and that nobody may serve any more: its users get I/O errors, as when a machine dies.
+    /// Never for a device that is open here.
+    ///
+    /// # Errors
+    /// See [`FrontendError`]; then it is still there.
+    fn discard(&self, leftover: &Device) -> Result<(), FrontendError>;
 
     /// Makes the device, or takes over the one that is left, and serves it. Ready for use on return.
     ///
@@ -363,7 +379,7 @@ impl Frontends {
 
     fn pick(&self, choice: FrontendChoice, replica: ReplicaId) -> Result<&dyn BlockFrontend, FrontendError> {
         for frontend in &self.available {
-            if frontend.has_leftover(replica)? {
+            if frontend.leftover(replica)?.is_some() {
                 return Ok(frontend.as_ref());
             }
         }
@@ -392,6 +408,27 @@ impl Frontends {
                         .into(),
                 },
             })
+    }
+
+    /// See [`BlockFrontend::leftover`].
+    ///
+    /// # Errors
+    /// See [`FrontendError`].
+    pub fn leftover(&self, replica: ReplicaId) -> Result<Option<Device>, FrontendError> {
+        for frontend in &self.available {
+            if let Some(device) = frontend.leftover(replica)? {
+                return Ok(Some(device));
+            }
+        }
+        Ok(None)
+    }
+
+    /// See [`BlockFrontend::discard`].
+    ///
+    /// # Errors
+    /// See [`FrontendError`].
+    pub fn discard(&self, leftover: &Device) -> Result<(), FrontendError> {
+        self.of(leftover)?.discard(leftover)
     }
 
     fn of(&self, device: &Device) -> Result<&dyn BlockFrontend, FrontendError> {

@@ -243,9 +243,9 @@ impl Keeper {
                 let volume = self.volume(replica)?;
                 self.drop_volume(replica)?;
                 warn!(%replica, "device aborted: its users get I/O errors once the agent lets go of it, too");
-                // The clearing may wait for requests that only end with the last descriptor.
+                // The clearing may wait for requests that only end with the last descriptor of the connection.
                 let waiting = std::thread::Builder::new().name("mars-keeper-abort".into());
-                waiting.spawn(move || volume.give_up())?;
+                waiting.spawn(move || Volume::give_up(volume))?;
                 Ok(Answer::Done)
             }
             Op::Deposit { replica, negotiated } => self.deposit(replica, negotiated, descriptors, peer),

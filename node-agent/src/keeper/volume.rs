@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long an operation waits for an earlier one on the same device.
@@ -189,10 +189,13 @@ impl Volume {
         Ok(())
     }
 
-    /// Clears the loop device as soon as its users let go of it. For a device that nobody will serve again.
-    pub(super) fn give_up(&self) {
-        if let Some(device) = self.device()
-            && self.is_ours(device)
+    /// Lets go of the connection, so that all its requests fail, and clears the loop device as soon as its users let go of that.
+    /// For a device that nobody will serve again.
+    pub(super) fn give_up(volume: Arc<Volume>) {
+        let device = volume.device().filter(|device| volume.is_ours(*device));
+        // Before the clearing: that may wait for requests which only fail when the last descriptor is closed.
+        drop(volume);
+        if let Some(device) = device
             && let Err(error) = loopdev::clear_when_closed(device.number)
         {
             tracing::warn!(number = device.number, %error, "cannot clear the loop device of an aborted volume");

@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use mars_crds::ReplicaData;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -115,7 +116,9 @@ impl axum::serve::Listener for RootOnly {
 
 fn views(node: &NodeContext) -> Vec<ReplicaView> {
     let mut views: Vec<_> = node.views.borrow().values().map(|view| (**view).clone()).collect();
-    views.sort_by(|a, b| a.resource.cmp(&b.resource));
+    // Of two replicas of one resource the one that was given up comes last.
+    let rank = |view: &ReplicaView| view.status.data_state == Some(ReplicaData::Quarantined);
+    views.sort_by(|a, b| (&a.resource, rank(a)).cmp(&(&b.resource, rank(b))));
     views
 }
 

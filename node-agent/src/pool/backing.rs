@@ -165,6 +165,16 @@ impl Backing {
         self.claim.try_clone()
     }
 
+    /// Looks how large it is now: a block device may have been enlarged while it is open.
+    ///
+    /// # Errors
+    /// It cannot be measured; then the size is as it was.
+    pub fn measure(&mut self) -> io::Result<()> {
+        // All other I/O names its offset, so that the shared file position does not matter.
+        self.size_bytes = whole_blocks((&self.claim).seek(SeekFrom::End(0))?);
+        Ok(())
+    }
+
     /// Smallest unit that the disk can write (bytes).
     #[must_use]
     pub fn logical_block_bytes(&self) -> u32 {
@@ -469,10 +479,7 @@ pub fn grow(backing: &mut Backing, size_bytes: u64) -> Result<(), BackingError> 
         .and_then(|()| backing.claim.sync_all())
         .map_err(io_error("grow", &backing.path))?;
     }
-    let size_bytes_now = (&backing.claim)
-        .seek(SeekFrom::End(0))
-        .map_err(io_error("measure", &backing.path))?;
-    backing.size_bytes = whole_blocks(size_bytes_now);
+    backing.measure().map_err(io_error("measure", &backing.path))?;
     check_size(&backing.path, backing.size_bytes, size_bytes)
 }
 

@@ -10,6 +10,7 @@ pub mod backing;
 pub mod in_use;
 pub mod signature;
 pub mod sysfs;
+pub mod witness;
 
 use crate::layout::{self, LayoutError, io_error};
 use serde::{Deserialize, Serialize};

@@ -2,13 +2,15 @@
 //!
 //! Invariant: a step that fails ends the round with its own words in the report; nothing behind it is tried on a wrong footing.
 
+use super::disk;
 use super::facts::RefusedPromote;
 use super::opening;
 use super::plan::{Plan, Step};
-use super::replica::{ReplicaTask, Running};
+use super::replica::ReplicaTask;
 use super::report::Problem;
+use super::running::{LeftoverDevice, Running};
 use super::todo::Todo;
-use crate::pool::backing;
+use crate::pool::backing::{self, Backing};
 use crate::shard::AttachParams;
 use mars_engine::api::{Command, DataState, Refusal, Role};
 use mars_engine::lineage::Cause;
@@ -26,7 +28,7 @@ const FAILOVER_LIMIT: Duration = Duration::from_mins(4);
 
 pub(super) type Outcome = Result<(), Problem>;
 
-fn problem(reason: &'static str, error: &impl std::fmt::Display) -> Problem {
+pub(super) fn problem(reason: &'static str, error: &impl std::fmt::Display) -> Problem {
     Problem {
         reason,
         message: error.to_string(),
@@ -100,6 +102,7 @@ impl ReplicaTask {
                 .detach()
                 .await
                 .map_err(|error| problem("DetachFailed", &error)),
+            Step::Discard => discard(todo, running).await,
             Step::Close { designation, to } => {
                 begin(
                     running,
@@ -119,6 +122,8 @@ impl ReplicaTask {
                 )
                 .await
             }
+            Step::DetachDisk => disk::detach(todo, running),
+            Step::AttachDisk => disk::attach(&self.node, todo, running),
             Step::GrowDisk(size_bytes) => grow_disk(running, *size_bytes),
             Step::Resize(size_bytes) => {
                 command(
@@ -131,7 +136,13 @@ impl ReplicaTask {
             }
             Step::Invalidate(id) => {
                 command(running, Command::Invalidate).await?;
-                remember(running, |done| done.invalidate = Some(*id))
+                remember(running, |done| {
+                    done.invalidate = Some(*id);
+                    // Everything will be compared: what a detached disk holds does not matter any more.
+                    if let Some(detached) = &mut done.detached {
+                        detached.witness = None;
+                    }
+                })
             }
             Step::Rotate(id) => {
                 command(running, Command::Rotate).await?;
@@ -146,7 +157,7 @@ impl ReplicaTask {
             replica: todo.replica,
             frontend: self.node.frontend,
             durability: todo.tuning.durability,
-            logical_block_bytes: running.backing.logical_block_bytes(),
+            logical_block_bytes: running.backing.as_ref().map_or(512, Backing::logical_block_bytes),
         };
         match tokio::time::timeout(ATTACH_LIMIT, running.handle.attach(params)).await {
             Ok(Ok(device)) => {
@@ -179,6 +190,12 @@ impl ReplicaTask {
                 "this replica is changing its role ({:?}): ask again in a moment",
                 status.role
             ));
+        }
+        if running.done.detached.is_some() {
+            return Err(
+                "the data disk here is detached (attach is off): unmount it and switch attach on, or fail over to another member"
+                    .into(),
+            );
         }
         if status.data != DataState::Consistent {
             return Err(format!(
@@ -252,9 +269,29 @@ pub(super) fn remember(running: &mut Running, change: impl FnOnce(&mut super::fa
     Ok(())
 }
 
+async fn discard(todo: &Todo, running: &mut Running) -> Outcome {
+    let LeftoverDevice::Found(device) = &running.leftover else {
+        return Ok(());
+    };
+    let device = device.clone();
+    warn!(
+        replica = todo.name,
+        device = %device.node.display(),
+        "this replica is not primary any more: the device of an earlier stay is given up, its users get I/O errors"
+    );
+    let given_up = running.handle.discard(device.clone()).await;
+    given_up.map_err(|error| problem("DiscardFailed", &error))?;
+    running.leftover = LeftoverDevice::GivenUp(device);
+    Ok(())
+}
+
 fn grow_disk(running: &mut Running, size_bytes: u64) -> Outcome {
     // Allocating a file may take long, but this replica's round has nothing else to do; the data path goes on.
-    let grown = tokio::task::block_in_place(|| backing::grow(&mut running.backing, size_bytes));
+    let Some(backing) = &mut running.backing else {
+        let detached = "the data disk is detached, so it cannot grow: switch attach on";
+        return Err(problem("Detached", &detached));
+    };
+    let grown = tokio::task::block_in_place(|| backing::grow(backing, size_bytes));
     grown.map_err(|error| problem("DiskTooSmall", &error))?;
     let updated = running
         .dir

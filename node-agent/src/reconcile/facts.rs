@@ -1,7 +1,8 @@
 //! What is known about one replica at one moment; the other input of [`plan`](super::plan::plan).
 
+use crate::pool::witness::Witness;
 use mars_engine::api::{ReplicaStatus, Role, Tuning};
-use mars_engine::types::{Designation, ReplicaId};
+use mars_engine::types::{Designation, Lamport, ReplicaId};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -17,6 +18,8 @@ pub struct PeerFacts {
     pub designation: Option<Designation>,
     /// Its actual role; `None` until it has answered.
     pub role: Option<Role>,
+    /// When it last wrote (Lamport time of its last durable record); `None` until it has answered.
+    pub durable_time: Option<Lamport>,
 }
 
 /// What speaks for there being no newer designation than those seen.
@@ -54,6 +57,30 @@ pub struct Done {
     pub refused_promote: Option<RefusedPromote>,
     /// The designation under which this replica is, or was last, primary.
     pub primary_under: Option<Designation>,
+    /// Set while the data disk is let go of.
+    pub detached: Option<Detached>,
+}
+
+/// A data disk that this replica has let go of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Detached {
+    /// Its size (bytes).
+    pub disk_bytes: u64,
+    /// What it was like; `None` when it may be like anything, because everything will be compared anyway.
+    pub witness: Option<Witness>,
+}
+
+/// A device that a former life of the agent left, and that nobody serves now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Leftover {
+    /// None, as far as is known.
+    #[default]
+    None,
+    /// There is one; its users, if any, wait.
+    Waiting,
+    /// It was given up; its users, if any, get I/O errors until they let go of it.
+    GivenUp,
 }
 
 /// Everything the plan looks at.
@@ -65,11 +92,15 @@ pub struct Facts {
     pub tuning: Option<Tuning>,
     /// Size of the data disk (bytes).
     pub disk_bytes: u64,
+    /// Data is being copied to the data disk.
+    pub copying: bool,
     /// Whether there is a device.
     pub has_device: bool,
     /// The device shows an older, smaller size until it is made anew: this kernel cannot grow an open one.
     pub resize_pending: bool,
-    /// Who uses it, in words.
+    /// See [`Leftover`]; never together with a device.
+    pub leftover: Leftover,
+    /// Who uses the device, or the one that is left, in words.
     pub device_users: Vec<String>,
     /// Other members.
     pub peers: Vec<PeerFacts>,

@@ -10,6 +10,7 @@
 
 pub mod cache;
 pub mod context;
+mod disk;
 mod execute;
 pub mod facts;
 pub mod lag;
@@ -20,6 +21,7 @@ pub mod plan;
 mod removal;
 pub mod replica;
 pub mod report;
+mod running;
 pub mod sink;
 pub mod source;
 pub mod superblock;

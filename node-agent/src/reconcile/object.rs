@@ -2,7 +2,7 @@
 //!
 //! Invariant: an object that does not pass every check yields no [`Todo`] at all; the replica goes on with its last one.
 
-use super::todo::{DataPolicy, Grant, GrantCause, Limits, OneShots, PeerTodo, Todo};
+use super::todo::{DataPolicy, Designated, Grant, GrantCause, Limits, OneShots, PeerTodo, Todo};
 use crate::pool::backing::BackingWish;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -58,6 +58,7 @@ pub fn to_todo(object: &MarsReplica, defaults: TuningDefaults) -> Result<Todo, I
         overwrite: spec.overwrite,
         established: spec.established,
         grant: grant(spec).map_err(invalid)?,
+        designated: designated(spec),
         peers: spec.peers.iter().map(peer).collect(),
         attach: spec.switches.attach,
         switches: switches(spec).map_err(invalid)?,
@@ -129,6 +130,15 @@ fn grant(spec: &MarsReplicaSpec) -> Result<Grant, String> {
         common::GrantCause::Failover => GrantCause::Failover,
     };
     Ok(Grant::Primary { designation, cause })
+}
+
+fn designated(spec: &MarsReplicaSpec) -> Designated {
+    let api = spec.designated.unwrap_or_default();
+    Designated {
+        replica: api.replica_uuid.map(ReplicaId),
+        predecessor: api.predecessor.map(ReplicaId),
+        epoch: api.epoch.map(EpochId),
+    }
 }
 
 fn switches(spec: &MarsReplicaSpec) -> Result<Switches, String> {

@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 pub struct Opened {
     /// Its directory, locked.
     pub dir: ReplicaDir,
-    /// Its data disk, claimed.
-    pub backing: Backing,
+    /// Its data disk, claimed; `None` while it is detached.
+    pub backing: Option<Backing>,
     /// Its files.
     pub store: FsStore,
     /// Its engine.
@@ -108,10 +108,12 @@ pub fn open(node: &NodeContext, todo: &Todo) -> Result<Opened, OpeningError> {
     let path = node.layout.replica_dir(todo.replica.0);
     let mut dir = ReplicaDir::open(&path, belongs, &todo.resource, todo.size_bytes, todo.established)?;
     let fresh = dir.superblock.stage == Stage::Fresh;
-    let backing = if fresh {
-        claim_fresh(node, todo, &mut dir, &mars)?
-    } else {
-        claim_known(node, todo, &dir, &mars)?
+    let done = read_done(&path)?;
+    // Whoever uses a detached disk meanwhile goes on; it is taken back when that is wished, after a check.
+    let backing = match &done.detached {
+        Some(_) => None,
+        None if fresh => Some(claim_fresh(node, todo, &mut dir, &mars)?),
+        None => Some(claim_known(node, todo, &dir, &mars)?),
     };
     let store_error = |source| OpeningError::Store {
         path: path.clone(),
@@ -120,10 +122,11 @@ pub fn open(node: &NodeContext, todo: &Todo) -> Result<Opened, OpeningError> {
     if fresh {
         FsStore::create_layout(&path).map_err(store_error)?;
     }
-    let store = backing
-        .open()
-        .and_then(|data| FsStore::open(&path, data))
-        .map_err(store_error)?;
+    let store = match &backing {
+        Some(backing) => backing.open().and_then(|data| FsStore::open(&path, data)),
+        None => FsStore::open_detached(&path, done.detached.as_ref().map_or(0, |detached| detached.disk_bytes)),
+    };
+    let store = store.map_err(store_error)?;
     let params = OpenParams {
         cluster: node.cluster,
         resource: todo.resource_id,
@@ -138,7 +141,6 @@ pub fn open(node: &NodeContext, todo: &Todo) -> Result<Opened, OpeningError> {
     if fresh {
         dir.update(|superblock| superblock.stage = Stage::Established)?;
     }
-    let done = read_done(&path)?;
     Ok(Opened {
         dir,
         backing,
@@ -167,6 +169,14 @@ fn claim_fresh(
         superblock.backing = Some(backing.record.clone());
     })?;
     Ok(backing)
+}
+
+/// Claims the data disk of a replica that had let go of it.
+///
+/// # Errors
+/// It is missing, another one, in use, or too small.
+pub fn claim_again(node: &NodeContext, todo: &Todo, dir: &ReplicaDir) -> Result<Backing, OpeningError> {
+    claim_known(node, todo, dir, &MarsDevices::scan(&node.layout.dev_dir))
 }
 
 fn claim_known(node: &NodeContext, todo: &Todo, dir: &ReplicaDir, mars: &MarsDevices) -> Result<Backing, OpeningError> {

@@ -43,6 +43,10 @@ impl FollowOrder {
         };
         // What the spec says about roles counts only while it is the newest word.
         if ordered.is_some() {
+            wish.designated = todo.designated.replica;
+            wish.predecessor = todo.designated.predecessor;
+            wish.handover = wish.predecessor.is_some();
+            wish.epoch = todo.designated.epoch;
             match todo.grant {
                 Grant::Primary { cause, .. } => {
                     wish.designated = Some(todo.replica);
@@ -144,6 +148,7 @@ pub fn peer_facts(todo: &Todo, now: &PeersNow) -> Vec<PeerFacts> {
         node: node_of(todo, view.member.replica),
         designation: view.member.status.as_ref().map(|status| status.designation),
         role: view.member.status.as_ref().map(|status| status.role),
+        durable_time: view.member.status.as_ref().map(|status| status.durable_time),
     };
     now.peers.iter().map(facts).collect()
 }

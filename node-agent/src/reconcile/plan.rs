@@ -4,7 +4,7 @@
 //! (A-56); a replica that was primary goes on after a reboot only with evidence that none is newer (P9); nothing is ever
 //! concluded from something that is absent (P12).
 
-use super::facts::{Evidence, Facts};
+use super::facts::{Evidence, Facts, Leftover};
 use super::todo::{Grant, GrantCause, Todo};
 use mars_engine::api::{DataState, Fault, ReplicaStatus, Resumable, Role, Switches, Tuning};
 use mars_engine::lineage::Cause;
@@ -42,6 +42,8 @@ pub enum Step {
     Attach,
     /// Remove the device (refused while in use).
     Detach,
+    /// Give up the device that a former life of the agent left: its users get I/O errors.
+    Discard,
     /// Write the `Close` record.
     Close {
         /// The order.
@@ -51,6 +53,10 @@ pub enum Step {
     },
     /// Become secondary because a newer designation names somebody else.
     StepDown(Designation),
+    /// Let go of the data disk; everything loaded is written to it and flushed.
+    DetachDisk,
+    /// Take the data disk back, unless it was changed meanwhile.
+    AttachDisk,
     /// Make the data disk larger.
     GrowDisk(u64),
     /// Append a RESIZE record and let the device grow.
@@ -102,6 +108,15 @@ pub fn plan(todo: &Todo, facts: &Facts) -> Plan {
                 "DeviceInUse",
                 format!("the replica is being deleted, but its device is in use: {users}. Stop them"),
             );
+            if facts.leftover == Leftover::Waiting {
+                // They wait for somebody who serves them; only then can they stop.
+                match (facts.status.role, facts.status.resumable) {
+                    (Role::Primary, _) => plan.steps.push(Step::Attach),
+                    (Role::Secondary, Some(resumable)) => after_restart(todo, facts, resumable, &mut plan),
+                    (Role::Secondary, None) => left_over(todo, facts, &mut plan),
+                    (Role::Promoting | Role::Closing, _) => {}
+                }
+            }
         }
         return plan;
     }
@@ -123,14 +138,69 @@ fn configure(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     if members != known {
         plan.steps.push(Step::SetMembers(members));
     }
-    if todo.switches != facts.status.switches {
-        plan.steps.push(Step::SetSwitches(todo.switches.clone()));
+    let switches = effective_switches(todo, facts);
+    if switches != facts.status.switches {
+        plan.steps.push(Step::SetSwitches(switches));
     }
     if facts.tuning != Some(todo.tuning) {
         plan.steps.push(Step::SetTuning(todo.tuning));
     }
     if todo.size_bytes > facts.disk_bytes {
-        plan.steps.push(Step::GrowDisk(todo.size_bytes));
+        if facts.done.detached.is_none() {
+            plan.steps.push(Step::GrowDisk(todo.size_bytes));
+        } else {
+            plan.wait(
+                "Detached",
+                format!(
+                    "the data disk is detached, so it cannot grow to {} bytes: switch attach on",
+                    todo.size_bytes
+                ),
+            );
+        }
+    }
+}
+
+/// Whether a secondary shall hold its data disk. A primary always does, and so does who was primary until that is decided.
+fn lets_disk_go(todo: &Todo, facts: &Facts) -> bool {
+    let follows = facts.status.role == Role::Secondary
+        && facts.status.resumable.is_none()
+        && matches!(todo.grant, Grant::Secondary { .. });
+    !todo.attach && (follows || facts.done.detached.is_some())
+}
+
+/// Nothing touches a data disk that is let go of: no replay, no copy. Log is fetched nevertheless.
+fn effective_switches(todo: &Todo, facts: &Facts) -> Switches {
+    let touches_disk = facts.done.detached.is_none() && !lets_disk_go(todo, facts);
+    Switches {
+        replay: todo.switches.replay && touches_disk,
+        sync: todo.switches.sync && touches_disk,
+        ..todo.switches.clone()
+    }
+}
+
+/// Lets the data disk of a secondary go, or takes it back.
+fn hold_or_let_go(todo: &Todo, facts: &Facts, plan: &mut Plan) {
+    let status = &*facts.status;
+    if facts.done.detached.is_some() {
+        if todo.attach {
+            plan.steps.push(Step::AttachDisk);
+        }
+        return;
+    }
+    if !lets_disk_go(todo, facts) {
+        return;
+    }
+    let off = !status.switches.replay && !status.switches.sync && !facts.copying;
+    let written = status.applied.lsn == status.replayed;
+    // While a copy is needed the dirty end lies ahead for another reason.
+    let clean = status.dirty_end == status.applied.lsn || status.data != DataState::Consistent;
+    if off && written && clean {
+        plan.steps.push(Step::DetachDisk);
+    } else {
+        plan.wait(
+            "Detaching",
+            "what is loaded is written to the data disk before it is let go of",
+        );
     }
 }
 
@@ -252,7 +322,9 @@ fn leave_primary(facts: &Facts, leave: Leave, plan: &mut Plan) {
 }
 
 fn attach_or_detach(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    match (todo.attach, facts.has_device) {
+    // Users of a device that was left are served until they stop, whatever is wished.
+    let attach = todo.attach || facts.leftover == Leftover::Waiting;
+    match (attach, facts.has_device) {
         (true, false) => plan.steps.push(Step::Attach),
         // Its next user opens a device of the right size: it is made anew while nobody has it open.
         (true, true) if facts.resize_pending && facts.device_users.is_empty() => {
@@ -294,6 +366,7 @@ fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     if let Some(resumable) = facts.status.resumable {
         return after_restart(todo, facts, resumable, plan);
     }
+    left_over(todo, facts, plan);
     match todo.grant {
         Grant::Primary { designation, cause } => granted(designation, cause, facts, plan),
         Grant::Secondary { designation, .. } => {
@@ -314,6 +387,50 @@ fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         );
     }
     one_shot(todo.one_shots.rotate, facts.done.rotate, Step::Rotate, plan);
+    hold_or_let_go(todo, facts, plan);
+}
+
+/// A device that a former life of the agent left on a replica that is secondary now. Nobody serves it, so its users hang; it is given
+/// up once it is certain that this replica will not serve it again.
+fn left_over(todo: &Todo, facts: &Facts, plan: &mut Plan) {
+    let users = facts.device_users.join("; ");
+    match facts.leftover {
+        Leftover::None => {}
+        Leftover::Waiting if is_overruled(todo, facts) => {
+            plan.steps.push(Step::Discard);
+        }
+        Leftover::Waiting => plan.wait(
+            "DeviceStranded",
+            format!(
+                "the device of an earlier stay as primary waits to be served (users: {}): it goes on when this replica is \
+                 primary again, and is given up when a newer designation names another one. See `kubectl describe mars {}`",
+                if users.is_empty() { "none" } else { &users },
+                todo.resource
+            ),
+        ),
+        Leftover::GivenUp => plan.wait(
+            "DeviceStranded",
+            format!(
+                "designation {} names another replica, so the device of the earlier stay as primary was given up: {users} \
+                 get I/O errors, as when a machine dies. Stop them (umount, or stop the pod)",
+                facts.status.designation.number
+            ),
+        ),
+    }
+}
+
+/// Whether it is certain that this replica will not go on under the designation it was primary under, and is not named anew.
+fn is_overruled(todo: &Todo, facts: &Facts) -> bool {
+    let persisted = facts.status.designation;
+    let counts = |designation: Designation| !newer(persisted, designation);
+    let named = match todo.grant {
+        Grant::Primary { designation, .. } => counts(designation),
+        Grant::Secondary { designation, .. } => {
+            todo.designated.replica == Some(todo.replica) && designation.is_none_or(counts)
+        }
+    };
+    let under = facts.done.primary_under;
+    !named && facts.status.resumable.is_none() && under.is_some_and(|under| newer(persisted, under))
 }
 
 /// This replica was primary when it stopped (P9).
@@ -387,6 +504,16 @@ fn granted(designation: Designation, cause: GrantCause, facts: &Facts, plan: &mu
             format!(
                 "{} knows a newer designation: not becoming primary under {}",
                 peer.node, designation.number
+            ),
+        );
+    }
+    if facts.done.detached.is_some() {
+        return plan.wait(
+            "Detached",
+            format!(
+                "the role is granted under designation {}, but the data disk is detached (attach is off): unmount it, then \
+                 switch attach on in spec.replicas; or designate another member",
+                designation.number
             ),
         );
     }

@@ -3,27 +3,25 @@
 //! Invariants: the task is the only one that gives role orders to its engine; it never holds up the data path, whatever the
 //! API server or a peer does; it ends only when the agent stops or when its deletion has been carried out.
 
-use super::context::{LocalReplica, Membership, NodeContext, Rates, ReplicaView};
-use super::execute::remember;
-use super::facts::{Done, Facts};
-use super::lag::{LagMeter, RateMeter};
+use super::context::{LocalReplica, NodeContext, Rates, ReplicaView};
+use super::facts::{Facts, Leftover};
+use super::lag::LagMeter;
 use super::opening::{self, Opened};
-use super::peers::{self, FollowOrder, Line, PeersNow};
+use super::peers::{self, FollowOrder};
 use super::plan::{Plan, plan};
 use super::report::{Problem, Surroundings, report, report_problem};
-use super::superblock::ReplicaDir;
+use super::running::{LeftoverDevice, Running};
 use super::todo::{Grant, Todo};
 use super::writer;
-use crate::frontend::{DeviceUser, users};
-use crate::pool::backing::Backing;
-use crate::shard::{OwnerEngine, ReplicaHandle};
+use crate::shard::OwnerEngine;
 use mars_crds::MarsReplicaStatus;
-use mars_engine::api::{ReplicaStatus, Role, Tuning};
+use mars_engine::api::Role;
 use mars_engine::types::Designation;
 use rand::Rng;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 /// Between two rounds when nothing happens.
@@ -43,7 +41,7 @@ pub struct Order {
     pub todo: Arc<Todo>,
     /// Read from the source by this process, not from the cache.
     pub from_api: bool,
-    /// Given up by `ForgetNode` while this node was away.
+    /// Given up: by `ForgetNode` while this node was away, or because another replica has taken its place.
     pub forgotten: bool,
     /// Why the newest object could not be followed, if so.
     pub invalid: Option<String>,
@@ -63,6 +61,8 @@ pub struct ReplicaControl {
     pub order: watch::Sender<Order>,
     /// Questions.
     pub ask: mpsc::Sender<Ask>,
+    /// Cancelled: the object of this name belongs to another replica now, and this one says no more about it.
+    pub reporting: CancellationToken,
 }
 
 /// Why a task stopped serving.
@@ -83,24 +83,6 @@ pub(super) struct ReplicaTask {
     began: Instant,
 }
 
-/// An open replica.
-pub(super) struct Running {
-    pub(super) dir: ReplicaDir,
-    pub(super) backing: Backing,
-    pub(super) handle: ReplicaHandle,
-    pub(super) done: Done,
-    pub(super) tuning: Option<Tuning>,
-    line: Line,
-    membership: Membership,
-    engine: watch::Receiver<Arc<ReplicaStatus>>,
-    users: Vec<DeviceUser>,
-    users_seen: Option<Instant>,
-    lag: LagMeter,
-    rates: [RateMeter; 3],
-    pub(super) failed: Option<Problem>,
-    failures: u32,
-}
-
 /// Starts the task of a replica. It ends when the agent stops or the replica is gone; then the channel closes.
 pub fn start(node: Arc<NodeContext>, order: Order, tracker: &tokio_util::task::TaskTracker) -> ReplicaControl {
     let (order_to, orders) = watch::channel(order);
@@ -116,16 +98,19 @@ pub fn start(node: Arc<NodeContext>, order: Order, tracker: &tokio_util::task::T
         began: Instant::now(),
     };
     tracker.spawn(async move { task.run().await });
-    tracker.spawn(async move {
+    let reporting = CancellationToken::new();
+    let silenced = reporting.clone();
+    tracker.spawn(silenced.run_until_cancelled_owned(async move {
         let mut reports = reports;
         // Nothing is known before the first report.
         if reports.changed().await.is_ok() {
             writer::run(sink, name, reports).await;
         }
-    });
+    }));
     ReplicaControl {
         order: order_to,
         ask: ask_to,
+        reporting,
     }
 }
 
@@ -220,13 +205,14 @@ impl ReplicaTask {
             resource: todo.resource_id,
             replica: todo.replica,
             handle: handle.clone(),
-            store,
+            store: store.clone(),
         };
         let membership = self.node.replication.join(local, end);
-        info!(replica = todo.name, data = %backing.path.display(), "replica is open");
+        info!(replica = todo.name, data = ?backing.as_ref().map(|backing| &backing.path), "replica is open");
         Ok(Running {
             dir,
             backing,
+            store,
             handle,
             done,
             tuning: None,
@@ -235,6 +221,8 @@ impl ReplicaTask {
             engine,
             users: Vec::new(),
             users_seen: None,
+            leftover: LeftoverDevice::Unknown,
+            leftover_asked: None,
             lag: LagMeter::default(),
             rates: Default::default(),
             failed: None,
@@ -294,11 +282,20 @@ impl ReplicaTask {
             (None, true) => Ended::Quarantine,
             (None, false) => return None,
         };
+        running.look_for_leftover(&order.todo).await;
         running.refresh_users(Duration::ZERO).await;
-        if !running.users.is_empty() {
+        let given_up = matches!(running.leftover, LeftoverDevice::GivenUp(_));
+        if !running.users.is_empty() && !given_up {
             return None;
         }
-        if let Err(error) = running.handle.detach().await {
+        let removed = match &running.leftover {
+            LeftoverDevice::Found(device) => {
+                let discarded = running.handle.discard(device.clone()).await;
+                discarded.map_err(|error| error.to_string())
+            }
+            _ => running.handle.detach().await.map_err(|error| error.to_string()),
+        };
+        if let Err(error) = removed {
             let message = format!("the replica cannot end yet: {error}");
             running.failed = Some(Problem {
                 reason: "DetachFailed",
@@ -322,6 +319,8 @@ impl ReplicaTask {
             .borrow()
             .as_ref()
             .is_some_and(|device| device.resize_pending);
+        running.measure_disk(&todo.name);
+        running.look_for_leftover(todo).await;
         running
             .refresh_users(if wanted || resize_pending {
                 USERS_WANTED
@@ -335,9 +334,15 @@ impl ReplicaTask {
         running.follow(todo, &status, &peers);
         Facts {
             tuning: running.tuning,
-            disk_bytes: running.backing.size_bytes,
+            disk_bytes: running.disk_bytes(),
+            copying: peers.sync_source.is_some(),
             has_device: running.handle.device().borrow().is_some(),
             resize_pending,
+            leftover: match running.leftover {
+                LeftoverDevice::Unknown | LeftoverDevice::None => Leftover::None,
+                LeftoverDevice::Found(_) => Leftover::Waiting,
+                LeftoverDevice::GivenUp(_) => Leftover::GivenUp,
+            },
             device_users: running.users.iter().map(ToString::to_string).collect(),
             peers: peers::peer_facts(todo, &peers),
             evidence: peers::evidence(
@@ -361,6 +366,7 @@ impl ReplicaTask {
         let around = Surroundings {
             boot_id: self.node.boot.0,
             node: self.node.node.0,
+            replica: order.todo.replica,
             generation: order.todo.generation,
             device: running.handle.device().borrow().clone(),
             users: running.users.clone(),
@@ -394,6 +400,7 @@ impl ReplicaTask {
         let around = Surroundings {
             boot_id: self.node.boot.0,
             node: self.node.node.0,
+            replica: order.todo.replica,
             generation: order.todo.generation,
             device: None,
             users: Vec::new(),
@@ -474,7 +481,8 @@ impl ReplicaTask {
             reason: "Quarantined",
             message:
                 "this replica was given up while its node was away: its data is kept, not announced and not used. \
-                      Remove it from MarsNode.spec.forgotten to take it back, or delete its directory by hand"
+                      If no other replica has taken its place, remove it from MarsNode.spec.forgotten to take it back; else \
+                      delete its directory by hand once nothing in it is needed"
                     .into(),
         };
         loop {
@@ -487,88 +495,5 @@ impl ReplicaTask {
                 return false;
             }
         }
-    }
-}
-
-impl Running {
-    /// Remembers what was carried out without an answer to a step: the role taken, the copy believed.
-    fn note(&mut self, status: &ReplicaStatus, peers: &PeersNow) {
-        let under = if status.role == Role::Primary {
-            Some(status.designation)
-        } else {
-            self.done.primary_under
-        };
-        let believed = peers.fake_synced.or(self.done.fake_sync);
-        if under == self.done.primary_under && believed == self.done.fake_sync {
-            return;
-        }
-        let noted = remember(self, |done| {
-            done.primary_under = under;
-            done.fake_sync = believed;
-        });
-        if let Err(failed) = noted {
-            self.failed = Some(failed);
-        }
-    }
-
-    /// The highest designation number known to anybody here.
-    pub(super) fn highest_designation(&self, todo: &Todo) -> u64 {
-        let peers = self.line.now.borrow().clone();
-        let heard = peers
-            .peers
-            .iter()
-            .filter_map(|view| Some(view.member.status.as_ref()?.designation.number));
-        let own = self.engine.borrow().designation.number;
-        heard
-            .chain([own])
-            .chain(todo.grant.designation().map(|ordered| ordered.number))
-            .max()
-            .unwrap_or(own)
-    }
-
-    /// Leaves the other members and lets the engine save everything.
-    async fn end(&mut self, name: &str) {
-        drop(std::mem::replace(&mut self.membership, Box::new(())));
-        if let Err(error) = self.handle.shutdown().await {
-            warn!(replica = name, %error, "the engine could not save everything at the end");
-        }
-    }
-
-    /// Looks for users of the device when the last look is older than `age`.
-    async fn refresh_users(&mut self, age: Duration) {
-        let device = self.handle.device().borrow().clone();
-        let Some(device) = device else {
-            self.users.clear();
-            self.users_seen = None;
-            return;
-        };
-        if self.users_seen.is_some_and(|seen| seen.elapsed() < age) {
-            return;
-        }
-        // A panic while looking leaves the last answer, which errs on the side of "in use".
-        if let Ok(users) = tokio::task::spawn_blocking(move || users::of(&device)).await {
-            self.users = users;
-            self.users_seen = Some(Instant::now());
-        }
-    }
-
-    /// Tells replication what to follow.
-    fn follow(&self, todo: &Todo, status: &ReplicaStatus, peers: &PeersNow) {
-        let heard = peers
-            .peers
-            .iter()
-            .filter_map(|view| Some(view.member.status.as_ref()?.designation));
-        let known = heard
-            .chain([status.designation])
-            .max_by_key(|designation| designation.number)
-            .unwrap_or_default();
-        let order = FollowOrder::new(todo, known);
-        self.line.order.send_if_modified(|current| {
-            let changed = **current != order;
-            if changed {
-                *current = Arc::new(order);
-            }
-            changed
-        });
     }
 }

@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mars_crds::conditions::{self, Truth};
 use mars_crds::replica::{self as api, ActualRole, MarsReplicaStatus, ReplicaData};
 use mars_engine::api::{DataState, Fault, ReplicaStatus, Role};
-use mars_engine::types::{Designation, ReplicaId};
+use mars_engine::types::{Designation, Lamport, ReplicaId};
 use uuid::Uuid;
 
 /// Newest epochs shown.
@@ -47,6 +47,8 @@ pub struct Surroundings {
     pub boot_id: Uuid,
     /// The node.
     pub node: Uuid,
+    /// The replica.
+    pub replica: ReplicaId,
     /// Generation of the spec that was acted upon.
     pub generation: i64,
     /// Device, if there is one.
@@ -78,6 +80,7 @@ pub fn report(facts: &Facts, plan: &Plan, around: &Surroundings, previous: &[Con
         primary_under: facts.done.primary_under.and_then(designation_ref),
         boot_id: Some(around.boot_id.to_string()),
         node_uuid: Some(around.node),
+        replica_uuid: Some(around.replica.0),
         size_bytes: Some(signed(status.size_bytes)),
         disk_bytes: Some(signed(facts.disk_bytes)),
         positions: Some(positions(status)),
@@ -91,7 +94,7 @@ pub fn report(facts: &Facts, plan: &Plan, around: &Surroundings, previous: &[Con
         invalidated: facts.done.invalidate,
         fake_synced: facts.done.fake_sync,
         log_rotated: facts.done.rotate,
-        forks: status.faults.iter().filter_map(|fault| fork(fault, status)).collect(),
+        forks: status.faults.iter().filter_map(|fault| fork(fault, facts)).collect(),
         peers: around.contacts.iter().map(contact).collect(),
         conditions: previous.to_vec(),
     };
@@ -106,6 +109,7 @@ pub fn report_problem(problem: &Problem, around: &Surroundings, previous: &MarsR
     report.observed_generation = Some(around.generation);
     report.boot_id = Some(around.boot_id.to_string());
     report.node_uuid = Some(around.node);
+    report.replica_uuid = Some(around.replica.0);
     problem.reason.clone_into(&mut report.state);
     report.role = None;
     report.device = None;
@@ -155,12 +159,8 @@ pub fn differs_in_state(a: &MarsReplicaStatus, b: &MarsReplicaStatus) -> bool {
             peer.last_contact = None;
         }
         for fork in &mut status.forks {
-            (
-                fork.ours_bytes,
-                fork.theirs_bytes,
-                fork.ours_seconds,
-                fork.theirs_seconds,
-            ) = (0, 0, 0, 0);
+            (fork.ours_bytes, fork.theirs_bytes) = (0, 0);
+            (fork.ours_seconds, fork.theirs_seconds) = (None, None);
         }
         status
     };
@@ -197,6 +197,7 @@ fn state_word(facts: &Facts, around: &Surroundings) -> &'static str {
         (Role::Promoting, _) => "Promoting",
         (Role::Closing, _) => "Closing",
         (Role::Secondary, _) if status.resumable.is_some() => "ResumeWaits",
+        (Role::Secondary, _) if facts.done.detached.is_some() => "Detached",
         (Role::Secondary, DataState::LogLost) => "LogLost",
         (Role::Secondary, DataState::Syncing) if is_blank(status) => "Blank",
         (Role::Secondary, DataState::Syncing) if !status.switches.sync => "PausedSync",
@@ -326,7 +327,7 @@ fn contact(contact: &Contact) -> api::PeerContact {
     }
 }
 
-fn fork(fault: &Fault, status: &ReplicaStatus) -> Option<api::Fork> {
+fn fork(fault: &Fault, facts: &Facts) -> Option<api::Fork> {
     let Fault::Fork {
         with,
         at,
@@ -337,21 +338,25 @@ fn fork(fault: &Fault, status: &ReplicaStatus) -> Option<api::Fork> {
     else {
         return None;
     };
-    let known = since.0 > 0 && *ours_bytes > 0;
-    let seconds = if known {
-        status.durable_time.0.saturating_sub(since.0) / 1_000_000_000
-    } else {
-        0
-    };
+    let theirs = facts.peers.iter().find(|peer| peer.replica == *with);
     Some(api::Fork {
         with: with.0,
         lsn: signed(at.0),
         since: time_of(*since),
         ours_bytes: signed(*ours_bytes),
         theirs_bytes: signed(*theirs_bytes),
-        ours_seconds: signed(seconds),
-        theirs_seconds: 0,
+        ours_seconds: seconds_beyond(*since, *ours_bytes, Some(facts.status.durable_time)),
+        theirs_seconds: seconds_beyond(*since, *theirs_bytes, theirs.and_then(|peer| peer.durable_time)),
     })
+}
+
+/// How long a side wrote on after the fork; `None` when that is not known.
+fn seconds_beyond(since: Lamport, bytes: u64, last: Option<Lamport>) -> Option<i64> {
+    if bytes == 0 {
+        return Some(0);
+    }
+    let last = last.filter(|last| since.0 > 0 && last.0 > 0)?;
+    Some(signed(last.0.saturating_sub(since.0) / 1_000_000_000))
 }
 
 /// Name of the condition, and what to do.

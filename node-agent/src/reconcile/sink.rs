@@ -70,7 +70,7 @@ fn with_nulls(status: &impl serde::Serialize, optional: &[&str]) -> Result<Value
 }
 
 /// Fields of `MarsReplicaStatus` that come and go.
-const REPLICA_OPTIONAL: [&str; 16] = [
+const REPLICA_OPTIONAL: [&str; 19] = [
     "observedGeneration",
     "role",
     "dataState",
@@ -78,6 +78,7 @@ const REPLICA_OPTIONAL: [&str; 16] = [
     "primaryUnder",
     "bootId",
     "nodeUuid",
+    "replicaUuid",
     "sizeBytes",
     "diskBytes",
     "positions",
@@ -87,6 +88,8 @@ const REPLICA_OPTIONAL: [&str; 16] = [
     "refused",
     "device",
     "invalidated",
+    "fakeSynced",
+    "logRotated",
 ];
 
 impl Sink {

@@ -1,7 +1,8 @@
 //! All replicas of a node: starts a task for each that is known, and passes on what the source says.
 //!
 //! Invariants: a replica known from the cache runs before, and without, any word of the API server; an object that is
-//! older than the one acted upon, or that vanishes, changes nothing (P12).
+//! older than the one acted upon, or that vanishes, changes nothing (P12); one object has one replica: when a new
+//! incarnation takes the place of a forgotten one, the old one is quarantined and reports nothing under that name.
 
 use super::context::NodeContext;
 use super::object::{InvalidObject, TuningDefaults, to_todo};
@@ -9,6 +10,7 @@ use super::replica::{self, Ask, Order, ReplicaControl};
 use super::source::Update;
 use super::superblock;
 use crate::layout::{LayoutError, io_error};
+use crate::node_status::cached_spec;
 use mars_crds::MarsReplica;
 use mars_crds::node::{Forgotten, FoundReplica};
 use mars_engine::types::{Designation, ReplicaId};
@@ -42,6 +44,8 @@ const OVERLAY_LEAST_BYTES: u64 = 8 << 20;
 struct Entry {
     object: MarsReplica,
     control: ReplicaControl,
+    /// Another replica has the name of this one's object.
+    superseded: bool,
 }
 
 /// See the module.
@@ -64,11 +68,13 @@ impl Supervisor {
         for problem in problems {
             warn!("a cached spec is not used: {problem}; its replica starts when the API server tells it");
         }
+        // Before anything is opened: what was given up must not come back to life for a moment.
+        let forgotten = cached_spec(&node.layout.node_dir()).forgotten;
         let mut supervisor = Supervisor {
             node,
             tracker,
             replicas: BTreeMap::new(),
-            forgotten: Vec::new(),
+            forgotten,
             ended: BTreeSet::new(),
         };
         for object in objects {
@@ -122,6 +128,7 @@ impl Supervisor {
             );
             return;
         }
+        self.supersede(replica, &object, from_api);
         let joins = usize::from(!self.replicas.contains_key(&replica));
         let share = self.share_bytes(self.replicas.len() + joins);
         let todo = to_todo(
@@ -177,16 +184,49 @@ impl Supervisor {
             warn!(replica = todo.name, %error, "the spec could not be cached: not started; tried again when it changes or the agent restarts");
             return;
         }
-        let forgotten = self.is_forgotten(replica);
+        let superseded = self.has_successor(replica, &object);
         let order = Order {
             todo: Arc::new(todo),
             from_api,
-            forgotten,
+            forgotten: superseded || self.is_forgotten(replica),
             invalid: None,
         };
         let control = replica::start(self.node.clone(), order, &self.tracker);
-        self.replicas.insert(replica, Entry { object, control });
+        if superseded {
+            control.reporting.cancel();
+        }
+        let entry = Entry {
+            object,
+            control,
+            superseded,
+        };
+        self.replicas.insert(replica, entry);
         self.share_memory();
+    }
+
+    /// Replicas whose object's name this one has now are given up: their data is kept, and they say nothing any more.
+    fn supersede(&mut self, replica: ReplicaId, object: &MarsReplica, from_api: bool) {
+        let forgotten: Vec<Uuid> = self.forgotten.iter().map(|forgotten| forgotten.replica_uuid).collect();
+        for (other, entry) in &mut self.replicas {
+            let given_up = from_api || forgotten.contains(&other.0);
+            let takes_over = *other != replica && succeeds(object, &entry.object, given_up);
+            if takes_over && !entry.superseded {
+                info!(%other, %replica, name = object.metadata.name, "another replica has taken the place of this one");
+                entry.superseded = true;
+                entry.control.reporting.cancel();
+                entry.control.order.send_modify(|order| order.forgotten = true);
+            }
+        }
+    }
+
+    /// Whether a replica that is already here has the name of this object.
+    fn has_successor(&self, replica: ReplicaId, object: &MarsReplica) -> bool {
+        let given_up = self.is_forgotten(replica);
+        let mut others = self
+            .replicas
+            .iter()
+            .filter(|(other, entry)| **other != replica && !entry.superseded);
+        others.any(|(_, entry)| succeeds(&entry.object, object, given_up))
     }
 
     /// What one of `count` replicas gets of the node's overlay memory (bytes).
@@ -227,7 +267,7 @@ impl Supervisor {
             Request::Forgotten(forgotten) => {
                 self.forgotten = forgotten;
                 for (replica, entry) in &self.replicas {
-                    let forgotten = self.is_forgotten(*replica);
+                    let forgotten = entry.superseded || self.is_forgotten(*replica);
                     entry.control.order.send_if_modified(|order| {
                         let changed = order.forgotten != forgotten;
                         order.forgotten = forgotten;
@@ -242,7 +282,7 @@ impl Supervisor {
         let mut named = self
             .replicas
             .values()
-            .filter(|entry| entry.object.spec.resource == resource);
+            .filter(|entry| entry.object.spec.resource == resource && !entry.superseded);
         let found = named.next();
         let refusal = match found {
             None => format!("this node has no replica of a resource {resource:?}"),
@@ -262,6 +302,17 @@ impl Supervisor {
         // The asker may have gone.
         let _ = answer.send(Err(refusal));
     }
+}
+
+/// Whether `new` took the place of `old`: an object of the same name that was made later; of two made at the same time the one that
+/// is not `given_up`.
+fn succeeds(new: &MarsReplica, old: &MarsReplica, old_given_up: bool) -> bool {
+    let made = |object: &MarsReplica| object.metadata.creation_timestamp.clone();
+    let later = match (made(new), made(old)) {
+        (Some(new), Some(old)) if new != old => new > old,
+        _ => old_given_up,
+    };
+    new.metadata.name == old.metadata.name && later
 }
 
 /// A late word of a watch: a lower generation of the same object.

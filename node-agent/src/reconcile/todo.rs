@@ -5,7 +5,7 @@
 
 use crate::pool::backing::BackingWish;
 use mars_engine::api::{Switches, Tuning};
-use mars_engine::types::{Designation, NodeId, Position, ReplicaId, ResourceId};
+use mars_engine::types::{Designation, EpochId, NodeId, Position, ReplicaId, ResourceId};
 use uuid::Uuid;
 
 /// Why the primary role is granted.
@@ -50,6 +50,17 @@ impl Grant {
             Grant::Secondary { designation, .. } => designation,
         }
     }
+}
+
+/// Whom the designation of the [`Grant`] names, and whose history counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Designated {
+    /// The replica that shall be primary; `None`: nobody, or the operator did not say.
+    pub replica: Option<ReplicaId>,
+    /// The one that is followed until a handover or demotion is complete.
+    pub predecessor: Option<ReplicaId>,
+    /// The newest epoch that the followed one has begun, as far as the operator knows.
+    pub epoch: Option<EpochId>,
 }
 
 /// Another member.
@@ -117,6 +128,8 @@ pub struct Todo {
     pub established: bool,
     /// The role.
     pub grant: Grant,
+    /// Whom its designation names.
+    pub designated: Designated,
     /// All other members.
     pub peers: Vec<PeerTodo>,
     /// Whether a primary shall have a device.

@@ -14,9 +14,10 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// Most attempts to join while an earlier membership of the same resource is still ending.
-const JOIN_ATTEMPTS: u32 = 600;
+/// Between two attempts to join while an earlier membership of the same resource is still ending: at first, and later.
 const JOIN_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+const JOIN_PAUSE_LATER: std::time::Duration = std::time::Duration::from_secs(2);
+const QUICK_ATTEMPTS: u32 = 100;
 
 /// See the module.
 #[derive(Clone)]
@@ -101,7 +102,7 @@ fn peers_now(status: &ReplicationStatus) -> PeersNow {
 async fn take_part(hub: Hub, replica: LocalReplica, line: LineEnd, stop: CancellationToken) {
     let LineEnd { mut order, now } = line;
     let (to_follower, membership) = watch::channel(Arc::new(membership_of(&order.borrow_and_update())));
-    let Some(Some(follower)) = stop.run_until_cancelled(join(&hub, &replica, &membership)).await else {
+    let Some(follower) = stop.run_until_cancelled(join(&hub, &replica, &membership)).await else {
         return;
     };
     let mut status = follower.status();
@@ -125,20 +126,25 @@ async fn take_part(hub: Hub, replica: LocalReplica, line: LineEnd, stop: Cancell
     follower.stop().await;
 }
 
-/// Joins; waits while an earlier membership of the same resource is still letting go.
-async fn join(hub: &Hub, replica: &LocalReplica, membership: &watch::Receiver<Arc<Membership>>) -> Option<Follower> {
-    for attempt in 0..JOIN_ATTEMPTS {
+/// Joins; waits while an earlier membership of the same resource is still letting go. That one may belong to a replica that was
+/// given up and whose device is still in use, so the wait ends only with the membership.
+async fn join(hub: &Hub, replica: &LocalReplica, membership: &watch::Receiver<Arc<Membership>>) -> Follower {
+    let mut attempt = 0_u32;
+    loop {
         let port = Arc::new(EnginePort::new(replica.handle.clone(), replica.store.clone()));
         match hub.join(replica.resource, replica.replica, port, membership.clone()) {
-            Ok(follower) => return Some(follower),
-            Err(twice) if attempt == 0 => tracing::info!(name = replica.name, %twice, "waiting to take part"),
+            Ok(follower) => return follower,
+            Err(twice) if attempt.is_multiple_of(QUICK_ATTEMPTS) => {
+                tracing::info!(name = replica.name, %twice, "waiting to take part");
+            }
             Err(_) => {}
         }
-        tokio::time::sleep(JOIN_PAUSE).await;
+        let pause = if attempt < QUICK_ATTEMPTS {
+            JOIN_PAUSE
+        } else {
+            JOIN_PAUSE_LATER
+        };
+        tokio::time::sleep(pause).await;
+        attempt = attempt.saturating_add(1);
     }
-    tracing::error!(
-        name = replica.name,
-        "an earlier membership never ended: this replica does not take part; restart the agent"
-    );
-    None
 }

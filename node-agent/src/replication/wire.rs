@@ -5,15 +5,17 @@
 
 use mars_engine::api::{Compression, DataState, Role};
 use mars_engine::lineage::{Cause, EpochEntry, Lineage};
+use mars_engine::replication::ChunkClaim;
 use mars_engine::replication::codec::{self, Packed};
-use mars_engine::replication::digest::BLOCK_DIGEST_BYTES;
-use mars_engine::replication::messages::{
-    BlockRun, FetchItem, Followed, Header, PeerStatus, Refused, RegionDigest, RegionWant, SyncOffer,
-};
-use mars_engine::replication::{ChunkClaim, digest};
-use mars_engine::types::{ByteRange, Chain, Designation, EpochId, Lamport, Lsn, Position, ReplicaId};
+use mars_engine::replication::messages::{FetchItem, Followed, Header, PeerStatus, Refused};
+use mars_engine::types::{Chain, Designation, EpochId, Lamport, Lsn, Position, ReplicaId};
 use prost::bytes::Bytes;
 use uuid::Uuid;
+
+#[path = "wire_copy.rs"]
+mod copy;
+
+pub(super) use copy::{digests_in, digests_out, offer_in, offer_out, range, run_in, run_out, want_in, want_out};
 
 /// The generated code.
 #[expect(
@@ -29,8 +31,6 @@ pub(super) mod pb {
 
 /// Longest lineage that is believed: one entry is some 150 bytes, and one arises per change of primary.
 const MAX_LINEAGE: usize = 100_000;
-/// Longest answer to a request for blocks, per run (bytes).
-const MAX_RUN_BYTES: usize = 256 << 10;
 
 /// A message that makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -460,157 +460,6 @@ pub(super) fn item_in(item: pb::fetch_message::Item) -> Result<FetchItem, ItemEr
                 records: codec::unpack(&packed)?,
             })
         }
-    })
-}
-
-impl From<ByteRange> for pb::Range {
-    fn from(range: ByteRange) -> Self {
-        Self {
-            offset: range.offset,
-            len: range.len,
-        }
-    }
-}
-
-/// A range that must be there.
-///
-/// # Errors
-/// [`Malformed`] also when it overflows.
-pub(super) fn range(range: Option<&pb::Range>) -> Result<ByteRange, Malformed> {
-    let range = range.ok_or(Malformed("range"))?;
-    range
-        .offset
-        .checked_add(range.len)
-        .ok_or(Malformed("range overflows"))?;
-    Ok(ByteRange {
-        offset: range.offset,
-        len: range.len,
-    })
-}
-
-/// Digests of regions.
-#[must_use]
-pub(super) fn digests_out(digests: &[RegionDigest]) -> Vec<Bytes> {
-    let one = |digest: &RegionDigest| match digest {
-        RegionDigest::Zero => Bytes::new(),
-        RegionDigest::Hash(hash) => Bytes::copy_from_slice(hash),
-    };
-    digests.iter().map(one).collect()
-}
-
-/// Digests of regions.
-///
-/// # Errors
-/// [`Malformed`].
-pub(super) fn digests_in(digests: &[Bytes]) -> Result<Vec<RegionDigest>, Malformed> {
-    let one = |digest: &Bytes| {
-        if digest.is_empty() {
-            return Ok(RegionDigest::Zero);
-        }
-        digest
-            .as_ref()
-            .try_into()
-            .map(RegionDigest::Hash)
-            .map_err(|_| Malformed("digest"))
-    };
-    digests.iter().map(one).collect()
-}
-
-/// What the target needs of a region.
-#[must_use]
-pub(super) fn want_out(want: &RegionWant) -> pb::RegionWant {
-    pb::RegionWant {
-        range: Some(want.range.into()),
-        have: want.have.concat().into(),
-    }
-}
-
-/// What the target needs of a region.
-///
-/// # Errors
-/// [`Malformed`] unless there is one digest per block, or none at all.
-pub(super) fn want_in(want: &pb::RegionWant) -> Result<RegionWant, Malformed> {
-    let range = range(want.range.as_ref())?;
-    if range.len > digest::REGION_BYTES {
-        return Err(Malformed("region is too long"));
-    }
-    let (have, rest) = want.have.as_chunks::<BLOCK_DIGEST_BYTES>();
-    let blocks = range.len.div_ceil(mars_engine::types::BLOCK_BYTES);
-    if !rest.is_empty() || !(have.is_empty() || have.len() as u64 == blocks) {
-        return Err(Malformed("block digests"));
-    }
-    Ok(RegionWant {
-        range,
-        have: have.to_vec(),
-    })
-}
-
-/// A run of blocks.
-#[must_use]
-pub(super) fn run_out(run: BlockRun, compression: Compression) -> pb::BlockRun {
-    let range = Some(run.range.into());
-    let Some(data) = run.data else {
-        return pb::BlockRun {
-            range,
-            zero: true,
-            ..pb::BlockRun::default()
-        };
-    };
-    let (compression, data) = match codec::compress(&data, compression) {
-        Some(smaller) => (compression, smaller),
-        None => (Compression::None, data),
-    };
-    pb::BlockRun {
-        range,
-        zero: false,
-        compression: compression_out(compression),
-        data,
-    }
-}
-
-/// A run of blocks.
-///
-/// # Errors
-/// [`ItemError`].
-pub(super) fn run_in(run: &pb::BlockRun) -> Result<BlockRun, ItemError> {
-    let range = range(run.range.as_ref())?;
-    if run.zero {
-        return Ok(BlockRun { range, data: None });
-    }
-    let raw_bytes = usize::try_from(range.len).map_err(|_| Malformed("range"))?;
-    let compression = compression_in(run.compression)?;
-    let data = codec::decompress(compression, raw_bytes, &run.data, MAX_RUN_BYTES)?;
-    Ok(BlockRun {
-        range,
-        data: Some(data),
-    })
-}
-
-/// What a source offers.
-#[must_use]
-pub(super) fn offer_out(offer: &SyncOffer) -> pb::SyncOffer {
-    pb::SyncOffer {
-        session: offer.session,
-        applied: Some(offer.applied.into()),
-        lineage: lineage_out(&offer.lineage),
-        durable: Some(offer.durable.into()),
-        log_start: offer.log_start.0,
-        size_bytes: offer.size_bytes,
-    }
-}
-
-/// What a source offers.
-///
-/// # Errors
-/// [`Malformed`].
-pub(super) fn offer_in(offer: &pb::SyncOffer) -> Result<SyncOffer, Malformed> {
-    Ok(SyncOffer {
-        session: offer.session,
-        applied: position(offer.applied.as_ref())?,
-        lineage: lineage_in(&offer.lineage)?,
-        durable: position(offer.durable.as_ref())?,
-        log_start: Lsn(offer.log_start),
-        size_bytes: offer.size_bytes,
     })
 }
 

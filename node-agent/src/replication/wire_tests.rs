@@ -2,6 +2,8 @@
 
 use super::*;
 use mars_engine::replication::LogChunk;
+use mars_engine::replication::messages::BlockRun;
+use mars_engine::types::ByteRange;
 
 fn epoch(number: u128) -> EpochEntry {
     EpochEntry {

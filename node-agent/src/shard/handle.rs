@@ -206,6 +206,30 @@ impl ReplicaHandle {
         Ok(())
     }
 
+    /// The device that a former life of the agent left for this replica and that nobody serves, if there is one.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub async fn leftover(&self, replica: ReplicaId) -> Result<Option<Device>, FrontendError> {
+        let _changing = self.inner.changing.lock().await;
+        if self.device_now().is_some() {
+            return Ok(None);
+        }
+        let frontends = self.inner.frontends.clone();
+        blocking(move || frontends.leftover(replica)).await
+    }
+
+    /// Gives up a device that was left: whoever uses it gets I/O errors. The caller has made sure that this replica will not
+    /// serve it again.
+    ///
+    /// # Errors
+    /// See [`FrontendError`]; it is still there then.
+    pub async fn discard(&self, leftover: Device) -> Result<(), FrontendError> {
+        let _changing = self.inner.changing.lock().await;
+        let frontends = self.inner.frontends.clone();
+        blocking(move || frontends.discard(&leftover)).await
+    }
+
     /// Who uses the device now. Looks at /proc and sysfs only; the device itself is not touched.
     pub async fn users(&self) -> Vec<DeviceUser> {
         match self.device_now() {

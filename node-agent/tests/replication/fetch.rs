@@ -2,7 +2,7 @@
 
 use super::rig::{Cluster, LIMIT, Shape, all_on, designation, followed, payload};
 use mars_engine::api::{Cause, Command, Compression, DataState, Fault, Role, Switches};
-use mars_engine::replication::fetch::Wish;
+use mars_engine::replication::fetch::{Wait, Wish};
 use mars_node_agent::replication::{Activity, Congestion};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -100,6 +100,46 @@ async fn a34_a38_a_third_member_serves_what_the_destroyed_primary_cannot() {
         synced_before,
         "not a byte may come by sync"
     );
+    assert!(cluster.nodes[2].disk() == cluster.nodes[1].disk());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a34_restarted_members_whose_primary_is_gone_find_its_history_by_its_epoch() {
+    let mut cluster = followed(3, Shape::default()).await;
+    let off = Switches {
+        fetch: false,
+        ..all_on()
+    };
+    cluster.nodes[2].machine.order(Command::SetSwitches(off)).await.unwrap();
+    write_some(&cluster, 0, 100).await;
+    cluster.nodes[1].until_like(&cluster.nodes[0]).await;
+    let (primary, epoch) = (cluster.nodes[0].replica, cluster.nodes[0].now().durable.epoch);
+    for index in 0..3 {
+        cluster.nodes[index].kill().await;
+    }
+    // Nobody has heard of the primary since it started; all they have is what they were told.
+    let told = |epoch| Wish {
+        designation: designation(1),
+        designated: Some(primary),
+        epoch,
+        ..Wish::default()
+    };
+    cluster.announce(|_| told(None));
+    cluster.nodes[1].restart().await;
+    cluster.nodes[2].restart().await;
+    cluster.nodes[2]
+        .machine
+        .order(Command::SetSwitches(all_on()))
+        .await
+        .unwrap();
+    let waits = Activity::Waiting(Wait::NoPrimary.to_string());
+    let deadline = Instant::now() + LIMIT;
+    while cluster.nodes[2].replication().fetch != waits {
+        assert!(Instant::now() < deadline, "{:?}", cluster.nodes[2].replication());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.announce(|_| told(Some(epoch)));
+    cluster.nodes[2].until_like(&cluster.nodes[1]).await;
     assert!(cluster.nodes[2].disk() == cluster.nodes[1].disk());
 }
 
@@ -276,10 +316,13 @@ async fn a50_the_successor_gets_exactly_the_released_end_and_others_follow_it() 
     };
     cluster.nodes[0].machine.order(close).await.unwrap();
     let released = cluster.nodes[0].now().released.expect("released").end;
+    let before = cluster.nodes[0].replica;
     cluster.announce(|index| Wish {
         designation: designation(2),
         designated: Some(to),
         handover: true,
+        predecessor: Some(before),
+        epoch: Some(released.epoch),
         handover_end: (index == 1).then_some(released),
     });
     cluster.nodes[1]

@@ -213,6 +213,7 @@ fn first_order(
         established: false,
         role: WishRole::Secondary,
         designation: None,
+        designated: None,
         cause: None,
         close_for: None,
         handover_end: None,

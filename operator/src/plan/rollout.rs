@@ -5,9 +5,10 @@
 //! given a designation lower than the one it carries.
 
 use mars_crds::common::GrantCause;
-use mars_crds::replica::{CloseFor, MarsReplicaSpec, Peer};
+use mars_crds::replica::{CloseFor, Designated, MarsReplicaSpec, Peer};
 use mars_crds::resource::{Designation, DesignationSource};
-use mars_crds::{MarsReplica, WishRole};
+use mars_crds::{ActualRole, MarsReplica, WishRole};
+use uuid::Uuid;
 
 use super::{Context, Draft, Intent, Note, Reason};
 
@@ -85,6 +86,7 @@ fn grant(context: &Context<'_>, spec: &mut MarsReplicaSpec) {
     let Some(designation) = context.designation() else {
         return;
     };
+    spec.designated = Some(designated(context, designation, spec));
     spec.designation = Some(designation.token());
     let closes = matches!(
         designation.source,
@@ -111,6 +113,49 @@ fn grant(context: &Context<'_>, spec: &mut MarsReplicaSpec) {
             replica_uuid: designation.replica_uuid,
         });
     }
+}
+
+/// Whom the record names, and whose history the members follow meanwhile.
+fn designated(context: &Context<'_>, designation: &Designation, before: &MarsReplicaSpec) -> Designated {
+    let hands_over = matches!(
+        designation.source,
+        DesignationSource::Handover | DesignationSource::Demotion
+    ) && !context.holder_has_taken_over();
+    let predecessor = designation
+        .predecessor
+        .as_ref()
+        .filter(|_| hands_over)
+        .map(|predecessor| predecessor.replica_uuid);
+    let followed = predecessor.or(designation.replica_uuid);
+    let reported = followed.and_then(|followed| begun_epoch(context, designation, followed, predecessor.is_some()));
+    Designated {
+        replica_uuid: designation.replica_uuid,
+        predecessor,
+        epoch: reported.or_else(|| known_epoch(designation, followed, before)),
+    }
+}
+
+/// The newest epoch of the replica to follow, from one report in which it says that it is primary. A replica that was
+/// designated anew says so under that very designation: what it wrote in an earlier stay is not what counts now.
+fn begun_epoch(context: &Context<'_>, designation: &Designation, followed: Uuid, is_predecessor: bool) -> Option<Uuid> {
+    let status = context.world.replica(followed)?.status.as_ref()?;
+    let is_primary = matches!(status.role, Some(ActualRole::Primary | ActualRole::Closing));
+    let under_this = status.primary_under == Some(designation.token());
+    let newest = status.lineage.last().filter(|epoch| epoch.origin == followed)?;
+    (is_primary && (is_predecessor || under_this)).then_some(newest.epoch)
+}
+
+/// What was known stays while the same replica goes on with the same history: under the same designation, or one that was made
+/// for a handover that it was asked for.
+fn known_epoch(designation: &Designation, followed: Option<Uuid>, before: &MarsReplicaSpec) -> Option<Uuid> {
+    let known = before.designated?;
+    let same_designation = before.designation == Some(designation.token());
+    let goes_on = matches!(
+        designation.source,
+        DesignationSource::Handover | DesignationSource::Demotion | DesignationSource::Abort
+    );
+    let same_replica = followed.is_some() && known.predecessor.or(known.replica_uuid) == followed;
+    known.epoch.filter(|_| same_replica && (same_designation || goes_on))
 }
 
 /// All members that are not leaving. An address that cannot be looked up at present stays as it was.

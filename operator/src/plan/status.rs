@@ -9,6 +9,7 @@ use mars_crds::conditions::{self, Truth};
 use mars_crds::resource::{ForkReport, ReplicaSummary};
 use mars_crds::{ActualRole, MarsReplica, MarsResourceStatus, ReplicaData};
 use std::time::Duration;
+use uuid::Uuid;
 
 use super::{Context, Draft, Intent, Note, Reason, Severity, intent::role_word};
 use crate::world::Report;
@@ -52,7 +53,8 @@ fn without_positions(status: &MarsResourceStatus) -> MarsResourceStatus {
         replica.sync_percent = None;
     }
     for fork in &mut status.forks {
-        (fork.node_bytes, fork.other_bytes, fork.node_seconds, fork.other_seconds) = (0, 0, 0, 0);
+        (fork.node_bytes, fork.other_bytes) = (0, 0);
+        (fork.node_seconds, fork.other_seconds) = (None, None);
     }
     status
 }
@@ -168,6 +170,11 @@ fn human(bytes: i64) -> String {
 
 fn forks(context: &Context<'_>) -> Vec<ForkReport> {
     let node_of = |uuid| context.report(uuid).map(|report| report.node.clone());
+    // The other side may know what this one does not.
+    let seen_from = |with: Uuid, back: Uuid| {
+        let mut forks = context.report(with).into_iter().flat_map(|other| &other.forks);
+        forks.find(|fork| fork.with == back)
+    };
     let mut forks: Vec<ForkReport> = Vec::new();
     for report in &context.reports {
         for fork in &report.forks {
@@ -177,6 +184,7 @@ fn forks(context: &Context<'_>) -> Vec<ForkReport> {
                     || (known.node == other && known.other == report.node)
             });
             if !known {
+                let back = seen_from(fork.with, report.replica_uuid);
                 forks.push(ForkReport {
                     node: report.node.clone(),
                     other,
@@ -184,8 +192,8 @@ fn forks(context: &Context<'_>) -> Vec<ForkReport> {
                     since: fork.since.clone(),
                     node_bytes: fork.ours_bytes,
                     other_bytes: fork.theirs_bytes,
-                    node_seconds: fork.ours_seconds,
-                    other_seconds: fork.theirs_seconds,
+                    node_seconds: fork.ours_seconds.or_else(|| back?.theirs_seconds),
+                    other_seconds: fork.theirs_seconds.or_else(|| back?.ours_seconds),
                 });
             }
         }
@@ -451,21 +459,21 @@ fn split_brain(draft: &Draft, status: &MarsResourceStatus) -> Verdict {
     if status.forks.is_empty() {
         return verdict(conditions::SPLIT_BRAIN, false, "OneHistory", "");
     }
+    let only_on = |node: &str, bytes: i64, seconds: Option<i64>| {
+        let seconds = seconds.map_or_else(String::new, |seconds| format!(" / {seconds} s"));
+        format!("{bytes} bytes{seconds} only on {node}")
+    };
     let list: Vec<String> = status
         .forks
         .iter()
         .map(|fork| {
             format!(
-                "{} and {} fork at {} ({} bytes / {} s only on {}, {} bytes / {} s only on {})",
+                "{} and {} fork at {} ({}, {})",
                 fork.node,
                 fork.other,
                 fork.lsn,
-                fork.node_bytes,
-                fork.node_seconds,
-                fork.node,
-                fork.other_bytes,
-                fork.other_seconds,
-                fork.other
+                only_on(&fork.node, fork.node_bytes, fork.node_seconds),
+                only_on(&fork.other, fork.other_bytes, fork.other_seconds)
             )
         })
         .collect();

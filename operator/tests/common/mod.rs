@@ -5,7 +5,7 @@ pub(crate) mod model;
 
 use jiff::Timestamp;
 use mars_crds::{MarsAction, MarsReplica, MarsResource};
-use mars_operator::{NodeView, Settings, World};
+use mars_operator::{NodeView, Settings, World, with_own_status};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -80,7 +80,8 @@ fn replica(node: &str) -> Value {
         "spec": {
             "resource": "mydata", "node": node, "resourceUuid": "$U", "replicaUuid": format!("$R{}", node.to_uppercase()),
             "sizeBytes": 1_i64 << 30, "backing": {"pool": "p"}, "established": true,
-            "role": if primary { "Primary" } else { "Secondary" }, "designation": {"number": 5, "uuid": "$D5"}, "peers": peers},
+            "role": if primary { "Primary" } else { "Secondary" }, "designation": {"number": 5, "uuid": "$D5"},
+            "designated": {"replicaUuid": "$RA", "epoch": "$E1"}, "peers": peers},
         "status": {
             "observedGeneration": 2, "role": if primary { "Primary" } else { "Secondary" }, "dataState": "Consistent",
             "state": if primary { "Primary" } else { "Replaying" }, "designation": {"number": 5, "uuid": "$D5"},
@@ -103,6 +104,29 @@ fn node(name: &str) -> Value {
             "nodeUuid": format!("$N{upper}"), "address": format!("{name}.example:7777"), "inventoryComplete": true,
             "replicas": [{"replicaUuid": format!("$R{upper}"), "resourceUuid": "$U", "resource": "mydata", "dataState": "Consistent",
                           "designation": {"number": 5, "uuid": "$D5"}}]}}})
+}
+
+/// A replica that carries the recorded designation has been told whom it names, too, unless a fixture says otherwise.
+fn told(replica: &mut Value, recorded: &Value, taken_over: bool) {
+    if recorded.is_null() || replica["spec"]["designation"]["uuid"] != recorded["uuid"] {
+        return;
+    }
+    let hands_over = ["Handover", "Demotion"]
+        .iter()
+        .any(|source| recorded["source"] == *source);
+    let mut designated = json!({});
+    if !recorded["replicaUuid"].is_null() {
+        designated["replicaUuid"] = recorded["replicaUuid"].clone();
+    }
+    if hands_over && !taken_over && !recorded["predecessor"].is_null() {
+        designated["predecessor"] = recorded["predecessor"]["replicaUuid"].clone();
+    }
+    let first = known_uuid("RA").to_string();
+    let followed = designated.get("predecessor").or(designated.get("replicaUuid"));
+    if followed.is_some_and(|followed| *followed == first) {
+        designated["epoch"] = json!(known_uuid("E1"));
+    }
+    replica["spec"]["designated"] = designated;
 }
 
 /// The settled resource: primary on a, secondaries on b and c, designation 5 – changed by the patches in `given`
@@ -136,12 +160,23 @@ pub(crate) fn world(given: &Value) -> World {
         if let Some(value) = part(format!("/replicas/{name}"), replica(name))
             && (NODES.contains(&name.as_str()) || given.pointer(&format!("/replicas/{name}")).is_some())
         {
-            replicas.push(decode::<MarsReplica>(name, &value));
+            replicas.push((name.clone(), value));
         }
         let view =
             part(format!("/nodes/{name}"), node(name)).map_or_else(NodeView::default, |value| decode(name, &value));
         nodes.insert(name.clone(), view);
     }
+    let recorded = &resource["status"]["designation"];
+    let taken_over = replicas.iter().any(|(_, value)| {
+        value["spec"]["replicaUuid"] == recorded["replicaUuid"]
+            && value["status"]["primaryUnder"]["uuid"] == recorded["uuid"]
+    });
+    for (name, value) in &mut replicas {
+        if given.pointer(&format!("/replicas/{name}/spec/designated")).is_none() {
+            told(value, recorded, taken_over);
+        }
+    }
+    let replicas = replicas.iter().map(|(name, value)| decode::<MarsReplica>(name, value));
     let action = |patch: &Value| {
         let base = json!({"apiVersion": "mars.storage/v1alpha1", "kind": "MarsAction",
             "metadata": {"name": "act", "generation": 1, "resourceVersion": "400"}, "spec": {"resource": "mydata"}});
@@ -156,7 +191,7 @@ pub(crate) fn world(given: &Value) -> World {
             .expect("a time"),
         fresh: given.get("fresh").and_then(Value::as_bool).unwrap_or(true),
         resource: decode::<MarsResource>("resource", &resource),
-        replicas,
+        replicas: replicas.map(with_own_status).collect(),
         nodes,
         actions: given
             .get("actions")

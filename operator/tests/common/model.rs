@@ -361,8 +361,8 @@ impl Agent {
             since: None,
             ours_bytes: 1,
             theirs_bytes: 1,
-            ours_seconds: 0,
-            theirs_seconds: 0,
+            ours_seconds: None,
+            theirs_seconds: None,
         };
         let user = User {
             kind: "process".to_owned(),

@@ -38,6 +38,16 @@ impl Disk {
         &self.device
     }
 
+    /// Makes it larger.
+    pub fn grow(&self, bytes: u64) -> Result<()> {
+        File::options().write(true).open(&self.file)?.set_len(bytes)?;
+        Cmd::new("losetup")
+            .arg("--set-capacity")
+            .arg(&self.device)
+            .run()
+            .map(drop)
+    }
+
     /// SHA-256 of everything on it.
     pub fn sha256(&self) -> Result<String> {
         Cmd::new("blockdev").arg("--flushbufs").arg(&self.device).run()?;
@@ -46,6 +56,41 @@ impl Disk {
 }
 
 impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Cmd::new("losetup").arg("--detach").arg(&self.device).run();
+    }
+}
+
+/// A read-only loop device over a file that is somebody else's.
+#[derive(Debug)]
+pub struct ReadOnly {
+    device: PathBuf,
+}
+
+impl ReadOnly {
+    /// Makes it.
+    pub fn new(file: &Path) -> Result<Self> {
+        let mut device = String::new();
+        until("a loop device is free", Duration::from_secs(20), || {
+            device = Cmd::new("losetup")
+                .args(["--find", "--show", "--read-only"])
+                .arg(file)
+                .run()?;
+            Ok(true)
+        })?;
+        Ok(Self {
+            device: device.trim().into(),
+        })
+    }
+
+    /// The block device.
+    #[must_use]
+    pub fn device(&self) -> &Path {
+        &self.device
+    }
+}
+
+impl Drop for ReadOnly {
     fn drop(&mut self) {
         let _ = Cmd::new("losetup").arg("--detach").arg(&self.device).run();
     }

@@ -8,7 +8,8 @@ use crate::lineage::{EpochEntry, Lineage};
 use crate::replication::chunk::{ChunkError, LogChunk};
 use crate::replication::histories::{Fork, Relation, relate};
 use crate::replication::messages::{FetchItem, Followed, PeerStatus, Refused};
-use crate::types::{Designation, Lamport, Lsn, Position, ReplicaId};
+use crate::types::{Designation, EpochId, Lamport, Lsn, Position, ReplicaId};
+use std::cmp::Ordering;
 
 /// What the agent knows and wants, besides the replica's own state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,9 +18,14 @@ pub struct Wish {
     pub designation: Designation,
     /// The replica it names, if known.
     pub designated: Option<ReplicaId>,
-    /// The designation is a planned handover: until the successor has started its epoch, the predecessor's history is still
-    /// the one to follow.
+    /// The designation is a planned handover or demotion: until the successor has started its epoch, the predecessor's
+    /// history is still the one to follow.
     pub handover: bool,
+    /// Whose history that is, if known; nobody else's older designation counts then.
+    pub predecessor: Option<ReplicaId>,
+    /// The newest epoch that the replica to follow (the predecessor during a handover, else the designated one) is known to
+    /// have begun. A history that goes through it, and in which nobody else wrote afterwards, is that replica's.
+    pub epoch: Option<EpochId>,
     /// This replica is the successor: fetch to exactly this position, from anyone who has it.
     pub handover_end: Option<Position>,
 }
@@ -207,7 +213,7 @@ pub enum Leader {
 }
 
 /// Finds the designated primary's history: from itself, from what others last heard of it, or – when nobody has heard of it
-/// since we started – from a member whose last epoch it wrote.
+/// since we started – from a member whose history goes through the epoch that it is known to have begun.
 #[must_use]
 pub fn find_leader(wish: &Wish, members: &[Member]) -> Leader {
     let mut best: Option<Followed> = None;
@@ -254,17 +260,32 @@ fn candidates(members: &[Member]) -> impl Iterator<Item = Followed> {
 
 fn counts(wish: &Wish, candidate: &Followed) -> bool {
     let (theirs, known) = (candidate.designation, wish.designation);
-    if theirs.number == known.number {
-        return (known.id.is_nil() || theirs.id == known.id) && wish.designated.is_none_or(|id| id == candidate.leader);
+    let precedes = |before: ReplicaId| wish.handover && before == candidate.leader;
+    match theirs.number.cmp(&known.number) {
+        Ordering::Greater => true,
+        // A predecessor that closes knows the designation that names its successor.
+        Ordering::Equal => {
+            let is_named = wish.designated.is_none_or(|id| id == candidate.leader);
+            (known.id.is_nil() || theirs.id == known.id) && (is_named || wish.predecessor.is_some_and(precedes))
+        }
+        Ordering::Less => wish.handover && wish.predecessor.is_none_or(precedes),
     }
-    theirs.number > known.number || wish.handover
 }
 
+/// Nobody has heard of the replica to follow: a reachable member whose history goes through the epoch that it is known to have
+/// begun, and that nobody else has continued, has a part of its history. That it once wrote the last epoch of a member would
+/// prove nothing: it may have gone another way since (P7).
 fn written_by_designated(wish: &Wish, members: &[Member]) -> Option<Followed> {
-    let designated = wish.designated?;
+    let (leader, begun) = (
+        wish.predecessor.filter(|_| wish.handover).or(wish.designated)?,
+        wish.epoch?,
+    );
     let written = |member: &&Member| {
-        let last = member.status.as_ref().and_then(|status| status.lineage.0.last());
-        member.reachable && last.is_some_and(|epoch| epoch.origin == designated)
+        let Some(status) = member.status.as_ref().filter(|_| member.reachable) else {
+            return false;
+        };
+        let mut since = status.lineage.0.iter().skip_while(|epoch| epoch.id != begun).peekable();
+        since.peek().is_some() && since.all(|epoch| epoch.origin == leader)
     };
     let status = members
         .iter()
@@ -272,9 +293,9 @@ fn written_by_designated(wish: &Wish, members: &[Member]) -> Option<Followed> {
         .filter_map(|member| member.status.as_ref());
     let status = status.max_by_key(|status| status.durable.lsn)?;
     Some(Followed {
-        leader: designated,
+        leader,
         designation: wish.designation,
-        ..followed(designated, status)
+        ..followed(leader, status)
     })
 }
 
@@ -382,7 +403,7 @@ pub enum Violation {
     #[error("the source goes on in epoch {epoch}, not known to belong to the primary's history: asking again")]
     ForeignEpoch {
         /// Its id.
-        epoch: crate::types::EpochId,
+        epoch: EpochId,
     },
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::api::{Switches, SyncProgress};
 use crate::replication::chunk::ChunkClaim;
-use crate::replication::histories::tests::{lineage, position};
+use crate::replication::histories::tests::{epoch_id, lineage, position};
 use crate::replication::source::tests::MemLog;
 use crate::types::Lamport;
 use std::time::Duration;
@@ -72,6 +72,13 @@ fn wish(number: u64, designated: Option<u128>) -> Wish {
     }
 }
 
+fn wish_with_epoch(number: u64, designated: Option<u128>, epoch: u128) -> Wish {
+    Wish {
+        epoch: Some(epoch_id(epoch)),
+        ..wish(number, designated)
+    }
+}
+
 fn status_of(member: &mut Member) -> &mut PeerStatus {
     member.status.as_mut().unwrap()
 }
@@ -104,11 +111,17 @@ fn a34_a_third_member_serves_when_the_primary_is_unreachable() {
         source(&decide(&me, &wish(1, Some(1)), &[primary.clone(), third.clone()])),
         (replica(3), None)
     );
-    // Never heard of the primary since our own restart: its own epoch is the proof.
+    // Never heard of the primary since our own restart: the epoch that it is known to have begun is the proof.
     primary.status = None;
+    let told = wish_with_epoch(1, Some(1), 1);
     assert_eq!(
-        source(&decide(&me, &wish(1, Some(1)), &[primary.clone(), third.clone()])),
+        source(&decide(&me, &told, &[primary.clone(), third.clone()])),
         (replica(3), None)
+    );
+    // Without it nothing proves that what replica 1 once wrote is still its history.
+    assert_eq!(
+        decide(&me, &wish(1, Some(1)), &[primary.clone(), third.clone()]),
+        Decision::Wait(Wait::NoPrimary)
     );
     // Not even told whom the designation names: what the third member has heard counts.
     let mut gossip = third;
@@ -139,8 +152,82 @@ fn a34_a_third_member_that_went_another_way_does_not_serve() {
     );
     primary.status = None;
     assert_eq!(
-        decide(&me, &wish(2, Some(2)), &[primary, third]),
+        decide(&me, &wish_with_epoch(2, Some(2), 2), &[primary, third]),
         Decision::Wait(Wait::NoPrimary)
+    );
+}
+
+#[test]
+fn a34_what_the_designated_replica_wrote_in_an_earlier_stay_proves_nothing() {
+    // Replica 1 was primary (epoch 1), lost the role, and took over again from its own fork in epoch 11; replica 3 has more of
+    // epoch 1 than that fork, and wrote none of it.
+    let mut primary = member(1, Role::Primary, 3, &[(1, 0), (11, 60)], position(11, 300));
+    (primary.reachable, primary.status) = (false, None);
+    let third = member(3, Role::Secondary, 3, ONE, position(1, 100));
+    let me = own(ONE, position(1, 50));
+    let told = wish_with_epoch(3, Some(1), 11);
+    assert_eq!(
+        decide(&me, &told, &[primary.clone(), third.clone()]),
+        Decision::Wait(Wait::NoPrimary)
+    );
+    // Somebody else went on after the epoch: that is not the designated replica's history, either.
+    let other = member(3, Role::Secondary, 3, &[(1, 0), (2, 80)], position(2, 100));
+    assert_eq!(
+        decide(&me, &wish_with_epoch(3, Some(1), 1), &[primary, other]),
+        Decision::Wait(Wait::NoPrimary)
+    );
+}
+
+fn pending_handover() -> Wish {
+    Wish {
+        handover: true,
+        predecessor: Some(replica(1)),
+        ..wish_with_epoch(2, Some(2), 1)
+    }
+}
+
+#[test]
+fn a50_third_members_follow_the_predecessor_until_the_successor_has_begun() {
+    let mut old = member(1, Role::Primary, 1, ONE, position(1, 100));
+    let heir = member(2, Role::Secondary, 2, ONE, position(1, 90));
+    let me = own(ONE, position(1, 70));
+    let members = |old: &Member| [old.clone(), heir.clone()];
+    assert_eq!(
+        source(&decide(&me, &pending_handover(), &members(&old))),
+        (replica(1), None)
+    );
+    // While it closes it knows the designation that names its successor.
+    status_of(&mut old).role = Role::Closing;
+    status_of(&mut old).designation = designation(2);
+    assert_eq!(
+        source(&decide(&me, &pending_handover(), &members(&old))),
+        (replica(1), None)
+    );
+    // Closed, and nobody speaks of it any more: its epoch says whose history there is.
+    status_of(&mut old).role = Role::Secondary;
+    assert!(
+        matches!(decide(&me, &pending_handover(), &members(&old)), Decision::Fetch(plan) if plan.leader.leader == replica(1))
+    );
+    // The successor has begun: from now on its history counts.
+    let heir = member(2, Role::Primary, 2, &[(1, 0), (2, 100)], position(2, 120));
+    assert_eq!(
+        source(&decide(&me, &pending_handover(), &[old, heir])),
+        (replica(2), None)
+    );
+}
+
+#[test]
+fn a50_during_a_handover_no_other_old_primary_counts() {
+    // Replica 4 is still primary under an older designation, on a fork of its own.
+    let rogue = member(4, Role::Primary, 1, &[(1, 0), (4, 60)], position(4, 500));
+    let me = own(ONE, position(1, 60));
+    assert_eq!(
+        decide(&me, &pending_handover(), std::slice::from_ref(&rogue)),
+        Decision::Wait(Wait::NoPrimary)
+    );
+    let old = member(1, Role::Primary, 1, ONE, position(1, 100));
+    assert!(
+        matches!(decide(&own(ONE, position(1, 40)), &pending_handover(), &[rogue, old]), Decision::Fetch(plan) if plan.leader.leader == replica(1))
     );
 }
 

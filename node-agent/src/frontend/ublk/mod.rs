@@ -140,8 +140,32 @@ impl BlockFrontend for UblkFrontend {
         FrontendKind::Ublk
     }
 
-    fn has_leftover(&self, replica: ReplicaId) -> Result<bool, FrontendError> {
-        Ok(self.records.leftover(replica)?.is_some())
+    fn leftover(&self, replica: ReplicaId) -> Result<Option<Device>, FrontendError> {
+        let Some(id) = self.records.leftover(replica)? else {
+            return Ok(None);
+        };
+        let (major, minor, diskseq) =
+            identity(id).map_err(|error| FrontendError::io(format!("ublk device {id}"), error))?;
+        Ok(Some(Device {
+            kind: FrontendKind::Ublk,
+            replica,
+            link: PathBuf::new(),
+            node: node(id),
+            major,
+            minor,
+            diskseq,
+            size_bytes: 0,
+            resize_pending: false,
+            survives_restart: true,
+        }))
+    }
+
+    fn discard(&self, leftover: &Device) -> Result<(), FrontendError> {
+        // The record says whose it is; a device that is open here has one, too, but is not left over.
+        if self.running().contains_key(&leftover.replica) {
+            return Ok(());
+        }
+        self.records.give_up(leftover.replica)
     }
 
     fn open(&self, params: &OpenParams, seat: &Seat) -> Result<Device, FrontendError> {

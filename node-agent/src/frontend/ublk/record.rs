@@ -65,6 +65,15 @@ impl Records {
         Ok(None)
     }
 
+    /// Deletes the device that a former life left, if it is provably ours: users get I/O errors, as when a machine dies.
+    pub(super) fn give_up(&self, replica: ReplicaId) -> Result<(), FrontendError> {
+        let Some(id) = self.leftover(replica)? else {
+            return Ok(());
+        };
+        delete(id).map_err(|text| FrontendError::io(format!("give up ublk device {id}"), io::Error::other(text)))?;
+        self.remove(replica)
+    }
+
     /// Replicas of which there are records.
     fn replicas(&self) -> impl Iterator<Item = ReplicaId> {
         let entries = std::fs::read_dir(&self.state_dir).into_iter().flatten().flatten();
@@ -97,15 +106,8 @@ pub(super) fn write(path: &Path, id: u32, diskseq: Option<u64>) -> Result<(), Fr
 /// I/O errors, as when a machine dies. Says what could not be deleted.
 pub(crate) fn delete_leftovers(state_dir: &Path) -> Vec<String> {
     let records = Records::new(state_dir.to_owned());
-    let delete_one = |replica| -> Result<(), String> {
-        let Some(id) = records.leftover(replica).map_err(|error| error.to_string())? else {
-            return Ok(());
-        };
-        delete(id)?;
-        records.remove(replica).map_err(|error| error.to_string())
-    };
     let failed = |replica| {
-        let problem = delete_one(replica).err()?;
+        let problem = records.give_up(replica).err()?;
         Some(format!("ublk device of replica {replica}: {problem}"))
     };
     records.replicas().filter_map(failed).collect()

@@ -38,15 +38,18 @@ pub(super) fn acknowledged(context: &Context<'_>, draft: &mut Draft, new_id: &mu
     true
 }
 
-/// Only consistency and presence are demanded of a forced successor; switches and lag are not.
+/// Only consistency, presence and its data disk are demanded of a forced successor; other switches and lag are not. A detached disk
+/// is in the hands of whoever asked for it: taking it back is for people to order.
 fn may_be_forced<'a>(context: &'a Context<'_>, node: &str) -> Result<&'a Report, String> {
     match may_succeed(context, node) {
         Ok(report) => Ok(report),
         Err(refusal) => {
-            let report = context
-                .world
-                .replica_on(node)
-                .and_then(|replica| context.report(replica.spec.replica_uuid));
+            let replica = context.world.replica_on(node);
+            let report = replica.and_then(|replica| context.report(replica.spec.replica_uuid));
+            let is_primary = report.is_some_and(Report::is_primary);
+            if !is_primary && replica.is_some_and(|replica| !replica.spec.switches.attach) {
+                return Err(refusal.message);
+            }
             let usable = |report: &&Report| {
                 report.heard && !report.leaving && report.data == Some(mars_crds::ReplicaData::Consistent)
             };

@@ -1,7 +1,7 @@
 //! Who somebody is, and whose data something is.
 
 use anyhow::{Context, Result, ensure};
-use mars_crds::{ActualRole, MarsNode, MarsReplica, MarsResource};
+use mars_crds::{ActualRole, MarsNode, MarsReplica, MarsResource, ReplicaData, Verb};
 use mars_e2e::backing::Disk;
 use mars_e2e::cluster::{Cluster, Options, scenario};
 use mars_e2e::ledger::{Ledger, open_direct};
@@ -251,5 +251,121 @@ fn a_device_in_use_keeps_its_resource_from_being_deleted() {
         until("it is gone once the device is closed", MIN, || {
             Ok(cluster.find::<MarsResource>("held")?.is_none())
         })
+    });
+}
+
+#[test]
+fn a62_a_forgotten_node_that_returns_joins_anew_beside_its_quarantined_data() {
+    scenario(Options::default(), |cluster| {
+        let volume = Volume::create(cluster, "again", "64Mi", "a", &["a", "b", "c"])?;
+        let mut ledger = Ledger::new(2048);
+        let device = open_direct(&volume.device("a"))?;
+        ledger.write(&device, 500)?;
+        device.sync_all()?;
+        volume.wait_caught_up("a", "c")?;
+        let (old, old_dir, old_data) = (
+            volume.replica("c")?.spec.replica_uuid,
+            replica_dir(cluster, &volume, "c")?,
+            volume.data_file("c")?,
+        );
+        cluster.node("c").poweroff()?;
+        let before = mars_e2e::device::sha256(&old_data)?;
+        let members = |nodes: &[&str]| {
+            let list: Vec<Value> = nodes
+                .iter()
+                .map(|node| json!({ "node": node, "pool": "default" }))
+                .collect();
+            cluster.patch_resource("again", &json!({ "replicas": list }))
+        };
+        members(&["a", "b"])?;
+        until("c counts as lost and is forgotten", Duration::from_mins(2), || {
+            volume.act_and_wait(Verb::ForgetNode, Some("c")).map(|()| true)
+        })?;
+        ledger.write(&device, 500)?;
+        device.sync_all()?;
+        members(&["a", "b", "c"])?;
+        cluster.wait("again.c", "is made anew", |replica: &MarsReplica| {
+            replica.spec.replica_uuid != old
+        })?;
+        cluster.node("c").start()?;
+        for _ in ["it returned", "it was restarted"] {
+            cluster.wait(
+                "again.c",
+                "reports about the new incarnation",
+                |replica: &MarsReplica| {
+                    let status = replica.status.as_ref();
+                    status.is_some_and(|status| {
+                        status.replica_uuid == Some(replica.spec.replica_uuid)
+                            && status.data_state == Some(ReplicaData::Consistent)
+                    })
+                },
+            )?;
+            volume.wait_caught_up("a", "c")?;
+            volume.wait_written_back("a")?;
+            volume.same_data("a", "c")?;
+            ensure!(
+                old_dir.is_dir() && mars_e2e::device::sha256(&old_data)? == before,
+                "the quarantined data is as it was"
+            );
+            cluster.node("c").kill()?;
+            cluster.node("c").start()?;
+        }
+        volume.wait_live("c", "still follows", |status| {
+            status.role == Some(ActualRole::Secondary) && status.data_state == Some(ReplicaData::Consistent)
+        })?;
+        ensure!(ledger.prefix(&volume.data_file("c")?)? == 1000, "everything is there");
+        Ok(())
+    });
+}
+
+#[test]
+fn a58_a_resource_deleted_with_retain_is_taken_back_with_data_and_role_when_it_is_applied_again() {
+    scenario(Options::two(), |cluster| {
+        let volume = Volume::create(cluster, "back", "64Mi", "b", &["a", "b"])?;
+        let mut ledger = Ledger::new(512);
+        let device = open_direct(&volume.device("b"))?;
+        ledger.write(&device, 500)?;
+        device.sync_all()?;
+        drop(device);
+        volume.wait_written_back("b")?;
+        volume.wait_caught_up("b", "a")?;
+        let uuid = |volume: &Volume<'_>| -> Result<_> { Ok(volume.object()?.status.unwrap_or_default().uuid) };
+        let before = (
+            uuid(&volume)?,
+            volume.replica("a")?.spec.replica_uuid,
+            volume.live("b")?.lineage.len(),
+        );
+        volume.delete()?;
+        let volume = Volume::create(cluster, "back", "64Mi", "b", &["a", "b"])?;
+        ensure!(
+            (uuid(&volume)?, volume.replica("a")?.spec.replica_uuid) == (before.0, before.1),
+            "it is the same resource"
+        );
+        ensure!(
+            volume.replica("b")?.spec.established,
+            "nothing is ever made afresh here"
+        );
+        ensure!(ledger.prefix(&volume.device("b"))? == 500, "with all its data");
+        ensure!(
+            cluster.events()?.contains("re-adopted with the data found there"),
+            "and people are told"
+        );
+        let device = open_direct(&volume.device("b"))?;
+        ledger.write(&device, 100)?;
+        device.sync_all()?;
+        drop(device);
+        volume.wait_caught_up("b", "a")?;
+        volume.wait_written_back("b")?;
+        volume.same_data("b", "a")?;
+        // A smaller one of that name is refused: data is never cut off.
+        volume.delete()?;
+        cluster.apply(&mars_e2e::volume::manifest("back", "32Mi", "b", &["a", "b"]).to_string())?;
+        cluster.wait("back", "says why it waits", |object: &MarsResource| {
+            let conditions = object.status.iter().flat_map(|status| &status.conditions);
+            conditions
+                .into_iter()
+                .any(|condition| condition.message.contains("never shrinks"))
+        })?;
+        Ok(())
     });
 }

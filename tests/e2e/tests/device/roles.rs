@@ -1,7 +1,7 @@
 //! Who is primary: handover, failover, partitions, forks.
 
 use anyhow::{Context, Result, ensure};
-use mars_crds::{ActualRole, MarsReplica, MarsResource, ReplicaData};
+use mars_crds::{ActualRole, MarsReplica, MarsResource, ReplicaData, Verb};
 use mars_e2e::cluster::{Cluster, Options, scenario};
 use mars_e2e::device::{Fs, Mount};
 use mars_e2e::ledger::{Ledger, open_direct};
@@ -370,5 +370,60 @@ fn a56_a_returning_old_primary_never_writes_under_the_old_designation() {
             volume.wait_caught_up(new, old)?;
         }
         cluster.patch_resource("return", &json!({ "primary": "a" }))
+    });
+}
+
+#[test]
+fn a56_users_of_a_device_whose_role_was_lost_get_errors_instead_of_hanging_and_the_replica_can_come_back() {
+    scenario(Options::default(), |cluster| {
+        let volume = Volume::create(cluster, "stranded", "64Mi", "a", &["a", "b"])?;
+        Fs::Ext4.make(&volume.device("a"))?;
+        let mounted = Mount::new(&volume.device("a"), &cluster.scratch("mnt")?, "noatime")?;
+        let write = |point: PathBuf, name: &str| -> std::io::Result<()> {
+            let mut file = File::create(point.join(name))?;
+            std::io::Write::write_all(&mut file, &[7; 1 << 20])?;
+            file.sync_all()
+        };
+        write(mounted.point().to_owned(), "before")?;
+        volume.wait_caught_up("a", "b")?;
+        cluster.node("a").kill()?;
+        // Nobody serves the device; whoever writes waits for the agent to come back.
+        let (told, outcome) = std::sync::mpsc::channel();
+        let point = mounted.point().to_owned();
+        std::thread::spawn(move || told.send(write(point, "during")));
+        volume.failover("b")?;
+        cluster.node("a").start()?;
+
+        let failed = outcome.recv_timeout(MIN).context("the writer still hangs")?;
+        ensure!(failed.is_err(), "what nobody stores must not be acknowledged");
+        let named = mounted.point().to_string_lossy().into_owned();
+        let status = volume.wait_live("a", "names the users that must stop", |status| {
+            status
+                .conditions
+                .iter()
+                .any(|condition| condition.reason == "DeviceStranded" && condition.message.contains(&named))
+        })?;
+        ensure!(
+            status.role == Some(ActualRole::Secondary) && status.device.is_none() && !status.opened_by.is_empty(),
+            "{status:?}"
+        );
+        ensure!(!volume.device("a").exists(), "no link leads to it");
+        mounted.unmount()?;
+        volume.wait_live("a", "has no stranded device any more", |status| {
+            status.opened_by.is_empty()
+                && status
+                    .conditions
+                    .iter()
+                    .all(|condition| condition.reason != "DeviceStranded")
+        })?;
+        // The winner goes on, and the loser can follow it.
+        let mounted = Mount::new(&volume.device("b"), &cluster.scratch("mnt-b")?, "noatime")?;
+        ensure!(mounted.point().join("before").is_file(), "what had arrived is on b");
+        mounted.unmount()?;
+        volume.act_and_wait(Verb::Invalidate, Some("a"))?;
+        volume.wait_consistent("a")?;
+        volume.wait_caught_up("b", "a")?;
+        volume.wait_written_back("b")?;
+        volume.same_data("b", "a")
     });
 }
