@@ -214,7 +214,13 @@ async fn a53_after_a_failover_the_old_side_stops_at_the_fork_and_everybody_names
         node.until_like(&cluster.nodes[0]).await;
     }
     let fork = cluster.nodes[0].now().durable;
-    // The old primary loses its connections and goes on writing.
+    // The old primary loses its connections and goes on writing. The third fetches nothing until it has heard of both sides: whoever
+    // hears of the new one first is past the fork, on its side.
+    let off = Switches {
+        fetch: false,
+        ..all_on()
+    };
+    cluster.nodes[2].machine.order(Command::SetSwitches(off)).await.unwrap();
     for node in &cluster.nodes {
         node.wire.cut();
     }
@@ -230,6 +236,11 @@ async fn a53_after_a_failover_the_old_side_stops_at_the_fork_and_everybody_names
         node.until("the fork is named", |status| status.faults.iter().any(is_fork))
             .await;
     }
+    cluster.nodes[2]
+        .machine
+        .order(Command::SetSwitches(all_on()))
+        .await
+        .unwrap();
     let [old, new, third] = [0, 1, 2].map(|index| cluster.nodes[index].now());
     assert_eq!((old.role, new.role), (Role::Primary, Role::Primary), "both go on");
     assert_eq!(

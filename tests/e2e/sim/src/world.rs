@@ -11,7 +11,7 @@ use mars_engine::api::{Command, CommandId, DataState, Role, Switches};
 use mars_engine::lineage::Cause;
 use mars_engine::store::FileId;
 use mars_engine::testing::{Crash, Rig, small_params};
-use mars_engine::types::{Designation, Position, ReplicaId};
+use mars_engine::types::{Designation, EpochId, Position, ReplicaId};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng};
 use std::collections::BTreeMap;
@@ -110,6 +110,8 @@ struct World {
     designation: Designation,
     designated: usize,
     handover: Option<Handover>,
+    /// The newest epoch that a replica has reported as its own while it was the one to follow.
+    epoch: Option<(usize, EpochId)>,
     orders: BTreeMap<(usize, CommandId), Order>,
     /// How each node that is down, or not yet resumed, crashed last.
     crashed: BTreeMap<usize, Crash>,
@@ -153,6 +155,7 @@ impl World {
             designation: Designation::default(),
             designated: 0,
             handover: None,
+            epoch: None,
             orders: BTreeMap::new(),
             crashed: BTreeMap::new(),
             steps: 0,
@@ -268,7 +271,21 @@ impl World {
         node::step_fetch(&mut self.nodes, &self.ids, at, &|a, b| Self::connected(&links, a, b));
     }
 
+    /// As the operator learns it: what the one to follow reports as primary, under the newest designation or on the way to the next.
+    fn learn_epoch(&mut self) {
+        let leader = self.handover.map_or(self.designated, |handover| handover.from);
+        let known = self.epoch.filter(|(replica, _)| *replica == leader);
+        let node = &self.nodes[leader];
+        let begun = node.is_up().then(|| node.rig.owner().status()).and_then(|status| {
+            let counts = known.is_some() || self.handover.is_some() || status.designation == self.designation;
+            let newest = status.lineage.0.last()?;
+            (counts && status.role == Role::Primary && newest.origin == self.ids[leader]).then_some(newest.id)
+        });
+        self.epoch = begun.map(|id| (leader, id)).or(known);
+    }
+
     fn set_wish(&mut self, at: usize) {
+        self.learn_epoch();
         let handover = self.handover;
         let wish = &mut self.nodes[at].wish;
         wish.designation = self.designation;
@@ -277,7 +294,9 @@ impl World {
         wish.handover_end = handover
             .filter(|handover| handover.to == at)
             .and_then(|handover| handover.end);
-        wish.handover = wish.handover_end.is_some() || handover.is_some_and(|handover| handover.from == at);
+        wish.predecessor = handover.map(|handover| self.ids[handover.from]);
+        wish.handover = wish.predecessor.is_some();
+        wish.epoch = self.epoch.map(|(_, id)| id);
     }
 
     fn learn(&mut self, at: usize) {

@@ -162,9 +162,12 @@ fn a51_a_failover_continues_from_exactly_what_had_arrived_and_the_reported_loss_
 
         drop(cuts);
         cluster.node("a").start()?;
-        let status = volume.wait_live("a", "reports its fork", |status| !status.forks.is_empty())?;
-        ensure!(status.role == Some(ActualRole::Secondary), "a came back as a secondary");
         let lost = i64::try_from(written - shipped)? * mars_e2e::ledger::LSN_PER_WRITE;
+        // What is found at start counts as durable only once it has been written again: until then the fork looks smaller.
+        let status = volume.wait_live("a", "reports all of its fork", |status| {
+            status.forks.first().is_some_and(|fork| fork.ours_bytes >= lost)
+        })?;
+        ensure!(status.role == Some(ActualRole::Secondary), "a came back as a secondary");
         let fork = &status.forks[0];
         // A restart may close the tail with records of its own; the writes are the bulk of it.
         ensure!(

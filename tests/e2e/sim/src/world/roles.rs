@@ -82,6 +82,10 @@ impl World {
     }
 
     pub(super) fn promote(&mut self, at: usize, designation: Designation, cause: Cause) {
+        if cause == Cause::Failover {
+            // Whoever takes over by force begins anew: an epoch of an earlier stay does not count.
+            self.epoch = None;
+        }
         let id = self.nodes[at].rig.order(Command::Promote { designation, cause });
         self.orders.insert((at, id), Order::Promote { designation, cause });
     }
