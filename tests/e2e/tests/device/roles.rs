@@ -384,7 +384,7 @@ fn a56_users_of_a_device_whose_role_was_lost_get_errors_instead_of_hanging_and_t
         let mounted = Mount::new(&volume.device("a"), &cluster.scratch("mnt")?, "noatime")?;
         let write = |point: PathBuf, name: &str| -> std::io::Result<()> {
             let mut file = File::create(point.join(name))?;
-            std::io::Write::write_all(&mut file, &[7; 1 << 20])?;
+            std::io::Write::write_all(&mut file, &vec![7; 1 << 20])?;
             file.sync_all()
         };
         write(mounted.point().to_owned(), "before")?;
