@@ -186,3 +186,62 @@ pub fn contacts(todo: &Todo, now: &PeersNow) -> Vec<Contact> {
     };
     todo.peers.iter().map(contact).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::object::{TuningDefaults, to_todo};
+    use super::*;
+    use serde_json::json;
+
+    fn todo(more: &serde_json::Value) -> Todo {
+        let mut object = json!({
+            "apiVersion": "mars.storage/v1alpha1", "kind": "MarsReplica", "metadata": {"name": "r.c"},
+            "spec": {
+                "resource": "r", "node": "c", "resourceUuid": Uuid::from_u128(1), "replicaUuid": Uuid::from_u128(13),
+                "sizeBytes": 1_048_576, "backing": {"pool": "default"},
+                "designation": {"number": 7, "uuid": Uuid::from_u128(7)},
+            },
+        });
+        for (field, value) in more.as_object().unwrap() {
+            object["spec"][field] = value.clone();
+        }
+        let defaults = TuningDefaults {
+            overlay_budget_bytes: 1,
+            segment_bytes: 1,
+        };
+        to_todo(&serde_json::from_value(object).unwrap(), defaults).unwrap()
+    }
+
+    fn designation(number: u64) -> Designation {
+        Designation {
+            number,
+            id: Uuid::from_u128(u128::from(number)),
+        }
+    }
+
+    #[test]
+    fn a50_a_third_member_is_told_of_predecessor_and_epoch_only_while_the_spec_is_the_newest_word() {
+        let [a, b] = [11, 12].map(|number| ReplicaId(Uuid::from_u128(number)));
+        let told = todo(&json!({"designated": {"replicaUuid": b.0, "predecessor": a.0, "epoch": Uuid::from_u128(5)}}));
+        let wish = FollowOrder::new(&told, designation(6)).wish;
+        assert_eq!(
+            (wish.designated, wish.predecessor, wish.handover),
+            (Some(b), Some(a), true)
+        );
+        assert_eq!(wish.epoch.map(|epoch| epoch.0), Some(Uuid::from_u128(5)));
+        // Somebody knows a newer designation: what this spec says of the roles does not count any more.
+        let wish = FollowOrder::new(&told, designation(8)).wish;
+        let nothing = Wish {
+            designation: designation(8),
+            ..Wish::default()
+        };
+        assert_eq!(wish, nothing);
+        // The handover is over.
+        let settled = todo(&json!({"designated": {"replicaUuid": b.0}}));
+        let wish = FollowOrder::new(&settled, designation(7)).wish;
+        assert_eq!(
+            (wish.designated, wish.predecessor, wish.handover),
+            (Some(b), None, false)
+        );
+    }
+}

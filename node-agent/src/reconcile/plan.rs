@@ -4,8 +4,11 @@
 //! (A-56); a replica that was primary goes on after a reboot only with evidence that none is newer (P9); nothing is ever
 //! concluded from something that is absent (P12).
 
+mod held;
+
 use super::facts::{Evidence, Facts, Leftover};
 use super::todo::{Grant, GrantCause, Todo};
+use held::{effective_switches, hold_or_let_go, left_over};
 use mars_engine::api::{DataState, Fault, ReplicaStatus, Resumable, Role, Switches, Tuning};
 use mars_engine::lineage::Cause;
 use mars_engine::types::{Designation, Position, ReplicaId};
@@ -157,50 +160,6 @@ fn configure(todo: &Todo, facts: &Facts, plan: &mut Plan) {
                 ),
             );
         }
-    }
-}
-
-/// Whether a secondary shall hold its data disk. A primary always does, and so does who was primary until that is decided.
-fn lets_disk_go(todo: &Todo, facts: &Facts) -> bool {
-    let follows = facts.status.role == Role::Secondary
-        && facts.status.resumable.is_none()
-        && matches!(todo.grant, Grant::Secondary { .. });
-    !todo.attach && (follows || facts.done.detached.is_some())
-}
-
-/// Nothing touches a data disk that is let go of: no replay, no copy. Log is fetched nevertheless.
-fn effective_switches(todo: &Todo, facts: &Facts) -> Switches {
-    let touches_disk = facts.done.detached.is_none() && !lets_disk_go(todo, facts);
-    Switches {
-        replay: todo.switches.replay && touches_disk,
-        sync: todo.switches.sync && touches_disk,
-        ..todo.switches.clone()
-    }
-}
-
-/// Lets the data disk of a secondary go, or takes it back.
-fn hold_or_let_go(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    let status = &*facts.status;
-    if facts.done.detached.is_some() {
-        if todo.attach {
-            plan.steps.push(Step::AttachDisk);
-        }
-        return;
-    }
-    if !lets_disk_go(todo, facts) {
-        return;
-    }
-    let off = !status.switches.replay && !status.switches.sync && !facts.copying;
-    let written = status.applied.lsn == status.replayed;
-    // While a copy is needed the dirty end lies ahead for another reason.
-    let clean = status.dirty_end == status.applied.lsn || status.data != DataState::Consistent;
-    if off && written && clean {
-        plan.steps.push(Step::DetachDisk);
-    } else {
-        plan.wait(
-            "Detaching",
-            "what is loaded is written to the data disk before it is let go of",
-        );
     }
 }
 
@@ -388,49 +347,6 @@ fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     }
     one_shot(todo.one_shots.rotate, facts.done.rotate, Step::Rotate, plan);
     hold_or_let_go(todo, facts, plan);
-}
-
-/// A device that a former life of the agent left on a replica that is secondary now. Nobody serves it, so its users hang; it is given
-/// up once it is certain that this replica will not serve it again.
-fn left_over(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    let users = facts.device_users.join("; ");
-    match facts.leftover {
-        Leftover::None => {}
-        Leftover::Waiting if is_overruled(todo, facts) => {
-            plan.steps.push(Step::Discard);
-        }
-        Leftover::Waiting => plan.wait(
-            "DeviceStranded",
-            format!(
-                "the device of an earlier stay as primary waits to be served (users: {}): it goes on when this replica is \
-                 primary again, and is given up when a newer designation names another one. See `kubectl describe mars {}`",
-                if users.is_empty() { "none" } else { &users },
-                todo.resource
-            ),
-        ),
-        Leftover::GivenUp => plan.wait(
-            "DeviceStranded",
-            format!(
-                "designation {} names another replica, so the device of the earlier stay as primary was given up: {users} \
-                 get I/O errors, as when a machine dies. Stop them (umount, or stop the pod)",
-                facts.status.designation.number
-            ),
-        ),
-    }
-}
-
-/// Whether it is certain that this replica will not go on under the designation it was primary under, and is not named anew.
-fn is_overruled(todo: &Todo, facts: &Facts) -> bool {
-    let persisted = facts.status.designation;
-    let counts = |designation: Designation| !newer(persisted, designation);
-    let named = match todo.grant {
-        Grant::Primary { designation, .. } => counts(designation),
-        Grant::Secondary { designation, .. } => {
-            todo.designated.replica == Some(todo.replica) && designation.is_none_or(counts)
-        }
-    };
-    let under = facts.done.primary_under;
-    !named && facts.status.resumable.is_none() && under.is_some_and(|under| newer(persisted, under))
 }
 
 /// This replica was primary when it stopped (P9).

@@ -248,3 +248,42 @@ fn a_spare_is_taken_only_when_nobody_has_it_open_and_keeps_its_blocks() {
     );
     assert_eq!(store.open_alone(&spare).unwrap_err().kind(), io::ErrorKind::NotFound);
 }
+
+#[test]
+fn a36_a_detached_data_disk_is_closed_and_untouched_until_it_is_attached_again() {
+    let (dir, store) = replica(1 << 20);
+    let path = dir.path().join("data");
+    let open = || File::options().read(true).write(true).open(&path).unwrap();
+    // What the engine has opened before goes with it.
+    let data = store.open(&FileId::Data).unwrap();
+    data.write_at(&[b"before"], 0).unwrap();
+    store.detach_data().unwrap();
+    store.detach_data().unwrap();
+    assert_eq!(data.size().unwrap(), 1 << 20, "the size is known nevertheless");
+    let mut buffer = [0; 6];
+    let refused = [
+        data.read_at(&mut buffer, 0),
+        data.write_at(&[b"lost"], 0),
+        data.zero_range(0, 4096),
+        data.sync(),
+        data.next_data(0).map(drop),
+    ];
+    for error in refused.map(Result::unwrap_err) {
+        assert_eq!(error.kind(), io::ErrorKind::NotConnected);
+        assert!(error.to_string().contains("attach"), "{error}");
+    }
+    let opened = || {
+        let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        links
+            .filter_map(|link| std::fs::read_link(link.path()).ok())
+            .any(|target| target == path)
+    };
+    assert!(!opened(), "nobody holds it");
+    store.attach_data(open()).unwrap();
+    assert!(opened());
+    data.read_at(&mut buffer, 0).unwrap();
+    assert_eq!(&buffer, b"before");
+    drop((data, store));
+    let store = FsStore::open_detached(dir.path(), 4096).unwrap();
+    assert_eq!(store.open(&FileId::Data).unwrap().size().unwrap(), 4096);
+}

@@ -263,7 +263,8 @@ fn a53_two_primaries_both_run_on_and_secondaries_stop_before_the_fork() {
         }
         let (a, b) = (cluster.node("a").address()?, cluster.node("b").address()?);
         let cut = Cut::between(&a, &b)?;
-        // c follows a for a while: it has log that b will never have.
+        // c follows a for a while: it has log that b will never have, since b does not hear c, either.
+        let also = Cut::between(&b, &cluster.node("c").address()?)?;
         ledger.write(&device, 200)?;
         device.sync_all()?;
         volume.wait_caught_up("a", "c")?;
@@ -277,6 +278,7 @@ fn a53_two_primaries_both_run_on_and_secondaries_stop_before_the_fork() {
         branch.write(&other, 50)?;
         other.sync_all()?;
         cut.heal()?;
+        also.heal()?;
         drop(cuts);
 
         ledger.write(&device, 10)?;
