@@ -412,6 +412,9 @@ pub enum Command {
     },
     /// A named fault found by the replication side (fork, orphan), or its end.
     SetReplicationFault(Option<Fault>),
+    /// Reach the data disk through another stack of bricks from now on: one that leads to the same bytes. Replies once nothing is under
+    /// way through the old one; meanwhile no request fails. Refused while a copy is needed or under way, and for a disk that is too small.
+    ExchangeDisk(crate::brick::Disk),
     /// Write back everything, save state, close: reply means the disk may be detached.
     Shutdown,
 }

@@ -4,6 +4,7 @@
 //! most once; one that is lost with its process is made up for by recovery.
 
 use crate::api::{LogView, SegmentView};
+use crate::brick::Disk;
 use crate::format::record::Record;
 use crate::format::segment::SEGMENT_HEADER_BYTES;
 use crate::log::reader::{LogReader, Next, ReadError};
@@ -37,7 +38,7 @@ pub enum Job<F> {
     /// Read a range of the data disk, with newer parts laid over it.
     Read {
         /// The data disk.
-        file: F,
+        disk: Disk,
         /// What to read.
         range: ByteRange,
         /// Parts that are newer than the disk.
@@ -48,14 +49,14 @@ pub enum Job<F> {
     /// Write to the data disk.
     Write {
         /// The data disk.
-        file: F,
+        disk: Disk,
         /// What, in this order.
         extents: Vec<Extent>,
         /// Flush the disk afterwards.
         flush: bool,
     },
     /// Ask for the length of the data disk.
-    Size(F),
+    Size(Disk),
     /// Write a slot and sync it.
     SaveSlot(SlotWrite<F>),
     /// Put the tail of a poisoned log into new segments.
@@ -144,13 +145,13 @@ pub fn run_job<S: Store>(store: &S, job: Job<S::File>) -> JobOutcome<S::File> {
                 .and_then(|()| store.sync_dir()),
         ),
         Job::Read {
-            file,
+            disk,
             range,
             hits,
             gaps,
-        } => JobOutcome::Data(read(&file, range, &hits, &gaps)),
-        Job::Write { file, extents, flush } => JobOutcome::Done(write(&file, &extents, flush)),
-        Job::Size(file) => JobOutcome::Size(file.size()),
+        } => JobOutcome::Data(read(&disk, range, &hits, &gaps)),
+        Job::Write { disk, extents, flush } => JobOutcome::Done(write(&disk, &extents, flush)),
+        Job::Size(disk) => JobOutcome::Size(disk.size()),
         Job::SaveSlot(write) => JobOutcome::Done(write.run()),
         Job::Rewrite(rewrite) => JobOutcome::Rewritten(rewrite.run(store)),
         Job::ReadLog {
@@ -172,11 +173,11 @@ pub fn run_job<S: Store>(store: &S, job: Job<S::File>) -> JobOutcome<S::File> {
 ///
 /// # Errors
 /// Any error of the disk.
-fn read<F: StoreFile>(file: &F, range: ByteRange, hits: &[Piece], gaps: &[ByteRange]) -> io::Result<Bytes> {
+fn read(disk: &Disk, range: ByteRange, hits: &[Piece], gaps: &[ByteRange]) -> io::Result<Bytes> {
     let mut buffer = BytesMut::zeroed(in_memory(range.len));
     for gap in gaps {
         let from = in_memory(gap.offset - range.offset);
-        file.read_at(&mut buffer[from..from + in_memory(gap.len)], gap.offset)?;
+        disk.read_at(&mut buffer[from..from + in_memory(gap.len)], gap.offset)?;
     }
     lay_over(&mut buffer, range.offset, hits);
     Ok(buffer.freeze())
@@ -193,17 +194,17 @@ pub fn lay_over(buffer: &mut [u8], start: u64, hits: &[Piece]) {
     }
 }
 
-fn write<F: StoreFile>(file: &F, extents: &[Extent], flush: bool) -> io::Result<()> {
+fn write(disk: &Disk, extents: &[Extent], flush: bool) -> io::Result<()> {
     for extent in extents {
         match extent {
             Extent::Bytes { offset, parts } => {
                 let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
-                file.write_at(&parts, *offset)?;
+                disk.write_at(&parts, *offset)?;
             }
-            Extent::Zeros(range) => file.zero_range(range.offset, range.len)?,
+            Extent::Zeros(range) => disk.zero_range(*range)?,
         }
     }
-    if flush { file.sync() } else { Ok(()) }
+    if flush { disk.sync() } else { Ok(()) }
 }
 
 /// A length that was checked against the size of a request or buffer before.

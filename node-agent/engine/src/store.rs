@@ -40,7 +40,7 @@ impl fmt::Display for SegmentName {
 }
 
 /// An open file. Cloning shares the open file; all methods may be called from any thread.
-pub trait StoreFile: Clone + Send + Sync + 'static {
+pub trait StoreFile: Clone + fmt::Debug + Send + Sync + 'static {
     /// Fills `buffer` from `offset`.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 
 use futures::future::BoxFuture;
 use mars_engine::api::{Action, Command, Event, Io, IoResult, LogView, Now, ReplicaStatus, Reply, Submitted};
+use mars_engine::brick::Disk;
 use mars_engine::clock::LamportClock;
 use mars_engine::jobs::{Job, run_job};
 use mars_engine::log::serve::SegmentLog;
@@ -137,6 +138,11 @@ impl Machine {
                 designation: Designation::default(),
             })
             .await;
+    }
+
+    /// The data disk itself.
+    pub(crate) fn data(&self) -> Disk {
+        Arc::new(self.store.open(&FileId::Data).expect("the data disk is there"))
     }
 
     pub(crate) fn kill(&self) {

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "in a test, what must not fail may panic")]
 
 mod clock;
+mod disk;
 mod fetch;
 mod machine;
 mod rig;

@@ -2,8 +2,10 @@
 
 use super::rig::{Cluster, Node, Shape};
 use mars_engine::api::{Cause, Command, DataState};
+use mars_node_agent::replication::Membership;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -160,6 +162,12 @@ async fn a32_killed_on_either_side_a_copy_goes_on_and_ends_equal() {
         }
     });
     cluster.promote(0, 1, Cause::Create).await;
+    // Slow enough to be met in the middle, whatever the machine does besides.
+    let limit = |node: &Node, bytes_per_s| {
+        let change = |known: &mut Arc<Membership>| Arc::make_mut(known).sync_bytes_per_s = bytes_per_s;
+        node.membership.send_modify(change);
+    };
+    limit(&cluster.nodes[1], Some(96 << 20));
     let past = |bytes: u64| {
         move |status: &mars_engine::api::ReplicaStatus| {
             status.sync.is_some_and(|sync| sync.done_bytes >= bytes) || status.data == DataState::Consistent
@@ -182,6 +190,7 @@ async fn a32_killed_on_either_side_a_copy_goes_on_and_ends_equal() {
     cluster.nodes[1]
         .until("a second checkpoint", past(first.sync.unwrap().done_bytes + 1))
         .await;
+    limit(&cluster.nodes[1], None);
     // Now the source: it comes back as the primary that it was.
     cluster.nodes[0].kill().await;
     cluster.nodes[0].restart().await;

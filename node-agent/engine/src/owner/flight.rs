@@ -53,6 +53,11 @@ pub(super) struct Flight {
 }
 
 impl Flight {
+    /// The data disk is reached in another way now: what failed is tried again at once.
+    pub(super) fn try_now(&mut self) {
+        self.retry.succeeded();
+    }
+
     pub(super) fn deadline(&self, now: Duration) -> Option<Duration> {
         let due = if matches!(self.stage, Stage::Idle) {
             self.due
@@ -97,6 +102,7 @@ impl<S: Store> Owner<S> {
         }
         match self.flight.stage {
             Stage::Idle => self.launch(),
+            Stage::Announced(..) | Stage::Failed(_) if self.is_exchanging() => {}
             Stage::Announced(target, generation) if self.saver.is_durable(generation) => self.write_flight(target),
             Stage::Failed(target) if self.flight.retry.ready(self.now.mono) => self.write_flight(target),
             Stage::Announced(..) | Stage::Writing(_) | Stage::Failed(_) => {}
@@ -146,7 +152,7 @@ impl<S: Store> Owner<S> {
         self.job(
             Purpose::Flight,
             Job::Write {
-                file: self.data.clone(),
+                disk: self.data.clone(),
                 extents,
                 flush: true,
             },

@@ -2,7 +2,7 @@
 //!
 //! One file per concern: `submit` (requests of the device), `commit` (group commit), `repair` (a poisoned log segment), `flight`
 //! (write-back), `replay` (local log → overlay), `inbound` (log from members), `operation` (orders; those that
-//! take several steps are `promote`, `close`, `restart`), `sync` (target of a copy), `segments` (preparing and retiring log files), `saver` (slots), `publish`
+//! take several steps are `promote`, `close`, `restart`), `exchange` (another stack under the device), `sync` (target of a copy), `segments` (preparing and retiring log files), `saver` (slots), `publish`
 //! (status). Each has a `step` that does whatever is possible now and never waits; `pump` runs them until none moves.
 //!
 //! Invariant: nobody else changes the log, the slots or the data disk of this replica while the owner lives; and
@@ -10,6 +10,7 @@
 
 mod close;
 mod commit;
+mod exchange;
 mod faults;
 mod flight;
 mod inbound;
@@ -33,6 +34,7 @@ use crate::api::{
     Action, Answer, Command, CommandId, DataState, Event, JobId, LogView, Now, Refusal, ReplicaStatus, Reply,
     Resumable, Role,
 };
+use crate::brick::Disk;
 use crate::clock::LamportClock;
 use crate::format::record::Record;
 use crate::format::segment::LogIdentity;
@@ -74,6 +76,7 @@ enum Purpose {
     Slot,
     Replay { incarnation: u64 },
     DiskSize,
+    NewDisk,
     Retire(segments::Retire),
     Operation,
     SyncWrite { id: CommandId, moved_bytes: u64 },
@@ -90,7 +93,7 @@ pub struct Owner<S: Store> {
     rng: StdRng,
     replica: ReplicaId,
     identity: LogIdentity,
-    data: S::File,
+    data: Disk,
     /// Length of the data disk when last asked (bytes).
     disk_bytes: u64,
     role: Role,
@@ -116,6 +119,7 @@ pub struct Owner<S: Store> {
     inbound: inbound::Inbound,
     operation: Option<operation::Operation>,
     sync: sync::Target,
+    exchange: exchange::Exchange,
     segments: segments::Segments,
     faults: faults::Faults,
     /// The `Close` that is the last record of the log.
@@ -237,6 +241,7 @@ impl<S: Store> Owner<S> {
             (Purpose::Slot, JobOutcome::Done(result)) => self.slot_saved(result),
             (Purpose::Replay { incarnation }, JobOutcome::Log(result)) => self.replay_read(incarnation, result),
             (Purpose::DiskSize, JobOutcome::Size(result)) => self.disk_size_known(&result),
+            (Purpose::NewDisk, JobOutcome::Size(result)) => self.new_disk_measured(result),
             (Purpose::Retire(retire), JobOutcome::Done(result)) => self.segments_retired(retire, result),
             (Purpose::Operation, JobOutcome::Done(result)) => self.operation_job_done(result),
             (Purpose::SyncWrite { id, moved_bytes }, JobOutcome::Done(result)) => {
@@ -259,6 +264,7 @@ impl<S: Store> Owner<S> {
             self.step_held();
             self.step_commit();
             self.step_replay();
+            self.step_exchange();
             self.step_flight();
             self.step_operation();
             self.step_saver();

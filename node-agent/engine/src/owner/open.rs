@@ -7,8 +7,9 @@
 
 use super::restart::blank_epoch;
 use super::segments::{Kept, Segments};
-use super::{Owner, commit, flight, inbound, replay, saver, submit, sync};
+use super::{Owner, commit, exchange, flight, inbound, replay, saver, submit, sync};
 use crate::api::{DataState, Now, Released, Role, Tuning};
+use crate::brick::Disk;
 use crate::clock::LamportClock;
 use crate::format::record::{Record, RecordKind};
 use crate::format::segment::LogIdentity;
@@ -20,13 +21,14 @@ use crate::recovery::{self, LogFacts};
 use crate::roles::Close;
 use crate::slot::{Loaded, SLOT_BYTES, SlotError, Slots};
 use crate::state::{SavedRole, SavedState};
-use crate::store::{FileId, SegmentName, Store, StoreFile};
+use crate::store::{FileId, SegmentName, Store};
 use crate::summary::Summary;
 use crate::types::{ClusterId, Lamport, Lsn, Position, ReplicaId, ResourceId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// What `open` must know about the replica.
@@ -99,7 +101,7 @@ impl<S: Store> Owner<S> {
     /// # Errors
     /// See [`OpenError`].
     pub fn open(store: S, params: OpenParams, now: Now) -> Result<Self, OpenError> {
-        let data = open_data(&store)?;
+        let data: Disk = Arc::new(open_data(&store)?);
         let disk_bytes = data.size().map_err(io_error("size of the data disk"))?;
         let (slots, saved, fell_back) = open_slots(&store, &params)?;
         check_identity(&saved, &params, disk_bytes)?;
@@ -131,7 +133,7 @@ impl<S: Store> Owner<S> {
         store: S,
         params: &OpenParams,
         now: Now,
-        (data, disk_bytes): (S::File, u64),
+        (data, disk_bytes): (Disk, u64),
         (slots, saved): (Slots<S, SavedState>, SavedState),
         log: LogState,
     ) -> Self {
@@ -166,6 +168,7 @@ impl<S: Store> Owner<S> {
             inbound: inbound::Inbound::default(),
             operation: None,
             sync: sync::Target::default(),
+            exchange: exchange::Exchange::default(),
             segments: Segments::default(),
             faults: super::faults::Faults::default(),
             defect_until: None,
@@ -397,6 +400,15 @@ fn open_log<S: Store>(
 
 fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool) -> Found {
     let verdict = scan.decide(saved.durable, same_boot);
+    if !scan.damaged.is_empty() {
+        let files: Vec<String> = scan.damaged.iter().map(ToString::to_string).collect();
+        tracing::warn!(
+            replica = %saved.replica,
+            files = files.join(", "),
+            "these log files are damaged or hold durable log behind a defect: they are no part of the log and are kept; once the replica \
+             has caught up, or was invalidated, remove them"
+        );
+    }
     let (end, epochs, last_record) = (scan.end, scan.epochs.clone(), scan.last_record.clone());
     let trailing_close = last_record
         .as_ref()

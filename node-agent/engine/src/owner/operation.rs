@@ -94,6 +94,7 @@ impl<S: Store> Owner<S> {
                 }
                 self.done(id);
             }
+            Command::ExchangeDisk(disk) => self.begin_exchange(id, disk),
             Command::Observe { designation } => self.observe(id, designation),
             Command::SyncWrite { range, data } => self.sync_write(id, range, data),
             Command::SyncCheckpoint { done_bytes } => self.sync_checkpoint(id, done_bytes),

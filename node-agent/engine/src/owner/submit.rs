@@ -8,7 +8,7 @@ use super::{MAX_IN_FLIGHT, Owner, Purpose};
 use crate::api::{Action, Answer, CommandId, Durability, Fault, Io, IoResult, Now, Role, Submitted};
 use crate::format::record::RecordKind;
 use crate::jobs::Job;
-use crate::overlay::Content;
+use crate::overlay::{Content, Lookup};
 use crate::store::Store;
 use crate::types::{ByteRange, Lsn, MAX_PAYLOAD_BYTES, Position, SECTOR_BYTES};
 use bytes::Bytes;
@@ -304,29 +304,55 @@ impl<S: Store> Owner<S> {
     }
 
     fn read(&mut self, tag: u64, range: ByteRange) -> Submitted {
+        match self.look_up(range) {
+            Ok(bytes) => Submitted::Now(IoResult::Data(bytes)),
+            Err(found) => {
+                self.requests.reads += 1;
+                self.read_disk(tag, range, found);
+                Submitted::Later
+            }
+        }
+    }
+
+    /// A read that waited for another stack under the device.
+    pub(super) fn read_again(&mut self, tag: u64, range: ByteRange) {
+        match self.look_up(range) {
+            Ok(bytes) => {
+                self.requests.reads -= 1;
+                let result = IoResult::Data(bytes);
+                self.actions.push_back(Action::Complete { tag, result });
+            }
+            Err(found) => self.read_disk(tag, range, found),
+        }
+    }
+
+    /// The newest bytes, if memory has all of them.
+    fn look_up(&self, range: ByteRange) -> Result<Bytes, Lookup> {
         let found = self.overlay.lookup(range);
         if let ([hit], true) = (found.hits.as_slice(), found.gaps.is_empty())
             && let Content::Bytes(bytes) = &hit.content
         {
-            return Submitted::Now(IoResult::Data(bytes.clone()));
+            return Ok(bytes.clone());
         }
-        if found.gaps.is_empty() {
-            let mut buffer = vec![0; usize::try_from(range.len).expect("a request fits in memory")];
-            crate::jobs::lay_over(&mut buffer, range.offset, &found.hits);
-            return Submitted::Now(IoResult::Data(Bytes::from(buffer)));
+        if !found.gaps.is_empty() {
+            return Err(found);
         }
-        self.requests.reads += 1;
-        let file = self.data.clone();
-        self.job(
-            Purpose::Read { tag },
-            Job::Read {
-                file,
-                range,
-                hits: found.hits,
-                gaps: found.gaps,
-            },
-        );
-        Submitted::Later
+        let mut buffer = vec![0; usize::try_from(range.len).expect("a request fits in memory")];
+        crate::jobs::lay_over(&mut buffer, range.offset, &found.hits);
+        Ok(Bytes::from(buffer))
+    }
+
+    fn read_disk(&mut self, tag: u64, range: ByteRange, found: Lookup) {
+        if self.is_exchanging() {
+            return self.exchange.hold(tag, range);
+        }
+        let read = Job::Read {
+            disk: self.data.clone(),
+            range,
+            hits: found.hits,
+            gaps: found.gaps,
+        };
+        self.job(Purpose::Read { tag }, read);
     }
 
     pub(super) fn read_done(&mut self, tag: u64, result: io::Result<Bytes>) {

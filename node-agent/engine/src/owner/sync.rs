@@ -157,7 +157,7 @@ impl<S: Store> Owner<S> {
             None => Extent::Zeros(range),
         };
         let job = Job::Write {
-            file: self.data.clone(),
+            disk: self.data.clone(),
             extents: vec![extent],
             flush: false,
         };
@@ -197,7 +197,12 @@ impl<S: Store> Owner<S> {
             return self.refuse(id, Refusal::Invalid("wait for the replies to all writes first".into()));
         }
         self.sync.flushing = Some((id, after));
-        self.job(Purpose::SyncFlush, Job::Sync(vec![self.data.clone()]));
+        let flush = Job::Write {
+            disk: self.data.clone(),
+            extents: Vec::new(),
+            flush: true,
+        };
+        self.job(Purpose::SyncFlush, flush);
     }
 
     pub(super) fn sync_flushed(&mut self, result: io::Result<()>) {

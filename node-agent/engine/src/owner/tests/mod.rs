@@ -2,6 +2,7 @@
 
 mod copies;
 mod crash;
+mod exchange;
 mod handover;
 mod pair;
 mod recycle;
