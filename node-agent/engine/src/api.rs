@@ -219,8 +219,8 @@ pub struct SyncProgress {
     pub total_bytes: u64,
     /// Payload bytes received so far.
     pub moved_bytes: u64,
-    /// Replay must pass this before the replica is consistent; known once the copy is complete.
-    pub consistent_at: Option<Lsn>,
+    /// Replay must pass exactly this before the replica is consistent; known once the copy is complete.
+    pub consistent_at: Option<Position>,
 }
 
 /// What a member has reported, as far as log retention is concerned.
@@ -264,7 +264,7 @@ pub struct ReplicaStatus {
     /// How far the data disk is known to be written and flushed.
     pub applied: Position,
     /// How far write-back may have begun.
-    pub dirty_end: Lsn,
+    pub dirty_end: Position,
     /// Oldest position still served from the local log.
     pub log_start: Lsn,
     /// Lamport time of the last durable record.
@@ -407,8 +407,8 @@ pub enum Command {
     },
     /// The copy is complete; consistent once replay has passed the source's dirty end.
     FinishSync {
-        /// The source's dirty end when the last block had been read.
-        dirty_end: Lsn,
+        /// The source's dirty end when the last block had been read: exactly this must lie in the history that is replayed here.
+        dirty_end: Position,
     },
     /// A named fault found by the replication side (fork, orphan), or its end.
     SetReplicationFault(Option<Fault>),

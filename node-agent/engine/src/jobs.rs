@@ -55,6 +55,13 @@ pub enum Job<F> {
         /// Flush the disk afterwards.
         flush: bool,
     },
+    /// Read a range of the data disk and write it back as it is, holes apart: what memory wrongly calls clean becomes dirty again.
+    Refresh {
+        /// The data disk.
+        disk: Disk,
+        /// What to write again.
+        range: ByteRange,
+    },
     /// Ask for the length of the data disk.
     Size(Disk),
     /// Write a slot and sync it.
@@ -151,6 +158,7 @@ pub fn run_job<S: Store>(store: &S, job: Job<S::File>) -> JobOutcome<S::File> {
             gaps,
         } => JobOutcome::Data(read(&disk, range, &hits, &gaps)),
         Job::Write { disk, extents, flush } => JobOutcome::Done(write(&disk, &extents, flush)),
+        Job::Refresh { disk, range } => JobOutcome::Done(refresh(&disk, range)),
         Job::Size(disk) => JobOutcome::Size(disk.size()),
         Job::SaveSlot(write) => JobOutcome::Done(write.run()),
         Job::Rewrite(rewrite) => JobOutcome::Rewritten(rewrite.run(store)),
@@ -205,6 +213,25 @@ fn write(disk: &Disk, extents: &[Extent], flush: bool) -> io::Result<()> {
         }
     }
     if flush { disk.sync() } else { Ok(()) }
+}
+
+/// Most bytes that are read and written back at once.
+const REFRESH_BYTES: u64 = 1 << 20;
+
+fn refresh(disk: &Disk, range: ByteRange) -> io::Result<()> {
+    let mut at = range.offset;
+    let mut buffer = vec![0; in_memory(REFRESH_BYTES.min(range.len))];
+    while let Some(data) = disk.next_data(at)?.filter(|data| data.offset < range.end()) {
+        at = data.offset.max(at);
+        let end = data.end().min(range.end());
+        while at < end {
+            let part = &mut buffer[..in_memory(REFRESH_BYTES.min(end - at))];
+            disk.read_at(part, at)?;
+            disk.write_at(&[part], at)?;
+            at += part.len() as u64;
+        }
+    }
+    Ok(())
 }
 
 /// A length that was checked against the size of a request or buffer before.

@@ -8,7 +8,7 @@ use crate::lineage::{Cause, EpochEntry, Lineage};
 use crate::log::Stop;
 use crate::log::scan::Verdict;
 use crate::roles::Close;
-use crate::state::{SavedRole, SavedState};
+use crate::state::{SavedRole, SavedState, Waypoint};
 use crate::types::{EpochId, Lsn, Position};
 
 /// What the log says, as far as these decisions need it.
@@ -24,6 +24,8 @@ pub struct LogFacts {
     pub trailing_close: Option<Close>,
     /// The log leads through exactly the saved dirty end.
     pub dirty_end_proven: bool,
+    /// The log leads through exactly the saved waypoint, or did before it was applied.
+    pub waypoint_passed: bool,
 }
 
 /// How the replica comes up.
@@ -31,6 +33,8 @@ pub struct LogFacts {
 pub struct Decision {
     /// Whether the data may be used.
     pub data: DataState,
+    /// What replay must pass before it may.
+    pub waypoint: Option<Waypoint>,
     /// The role it may be told to resume.
     pub resumable: Option<Resumable>,
     /// With which cause an epoch begins on resumption; `None` = the same epoch goes on.
@@ -58,10 +62,15 @@ pub fn decide(saved: &SavedState, log: &LogFacts, same_boot: bool, fell_back: bo
         (None, Verdict::Cut | Verdict::Defect { .. }) => Some(Cause::Recovery),
     };
     let lost = log.end.lsn < saved.dirty_end.lsn || !log.dirty_end_proven;
-    let data = match saved.data {
-        DataState::Consistent if lost => DataState::LogLost,
-        DataState::LogLost if !lost => DataState::Consistent,
-        ref other => other.clone(),
+    let passed = log.waypoint_passed;
+    let (data, waypoint) = match (&saved.data, saved.waypoint) {
+        (DataState::Consistent, _) if lost => {
+            let at = saved.dirty_end;
+            (DataState::LogLost, Some(Waypoint { at, passed: false }))
+        }
+        (DataState::Consistent, _) => (DataState::Consistent, None),
+        (DataState::LogLost, Some(_)) if passed && !lost => (DataState::Consistent, None),
+        (other, waypoint) => (other.clone(), waypoint.map(|known| Waypoint { passed, ..known })),
     };
     let resumable = match saved.role {
         SavedRole::Primary { granted }
@@ -80,6 +89,7 @@ pub fn decide(saved: &SavedState, log: &LogFacts, same_boot: bool, fell_back: bo
     };
     Decision {
         data,
+        waypoint,
         resumable,
         resume_cause,
         lineage,
@@ -182,6 +192,7 @@ mod tests {
             verdict,
             trailing_close: None,
             dirty_end_proven: true,
+            waypoint_passed: false,
         }
     }
 

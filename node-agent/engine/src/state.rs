@@ -60,20 +60,44 @@ pub struct SavedSync {
     /// Payload bytes written so far.
     pub moved_bytes: u64,
     /// Blocks copied from earlier sources may hold anything up to here: consistent not before replay has passed it.
-    pub floor: Lsn,
-    /// Set when the copy is complete: consistent once applied has passed it.
-    pub consistent_at: Option<Lsn>,
+    pub floor: Position,
+    /// No block above this has been written (device offset, bytes). What lies between `done_bytes` and this may be in memory only, and
+    /// called clean there after a flush that failed.
+    pub written_to: u64,
+}
+
+/// A place in the history that replay must pass before the data means anything: the disk holds bytes from up to there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Waypoint {
+    /// Exactly this: as many bytes of another history do not make the data whole.
+    pub at: Position,
+    /// Whether replay came through it.
+    pub passed: bool,
+}
+
+impl Waypoint {
+    /// Replay has come to `end`.
+    pub fn visit(&mut self, end: Position) {
+        self.passed |= (end.lsn, end.chain) == (self.at.lsn, self.at.chain);
+    }
+
+    /// Replay has come further than that without having come through it: this history never will.
+    #[must_use]
+    pub fn is_missed(&self, replayed: Lsn) -> bool {
+        !self.passed && replayed > self.at.lsn
+    }
 }
 
 impl SavedSync {
     /// The part that is shown.
     #[must_use]
-    pub fn progress(&self) -> SyncProgress {
+    pub fn progress(&self, waypoint: Option<Waypoint>) -> SyncProgress {
         SyncProgress {
             done_bytes: self.done_bytes,
             total_bytes: self.total_bytes,
             moved_bytes: self.moved_bytes,
-            consistent_at: self.consistent_at,
+            consistent_at: waypoint.map(|waypoint| waypoint.at),
         }
     }
 }
@@ -128,8 +152,10 @@ pub struct SavedState {
     pub tuning: Tuning,
     /// Members and their reports.
     pub members: Vec<SavedMember>,
-    /// A sync under way.
+    /// A sync under way, or complete and waiting for replay.
     pub sync: Option<SavedSync>,
+    /// While the data is not consistent: what makes it so. Of a copy it is known once that is complete.
+    pub waypoint: Option<Waypoint>,
     /// Its last word as a primary, while its `Close` is the end of the log.
     pub released: Option<Released>,
     /// Emergency mode with its dirty map.
@@ -169,6 +195,7 @@ impl SavedState {
             tuning,
             members: Vec::new(),
             sync: None,
+            waypoint: None,
             released: None,
             emergency: None,
         }

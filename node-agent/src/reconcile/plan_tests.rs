@@ -83,7 +83,10 @@ fn status(role: Role, number: u64) -> ReplicaStatus {
         durable: at(100),
         replayed: Lsn(100),
         applied: at(100),
-        dirty_end: Lsn(100),
+        dirty_end: Position {
+            lsn: Lsn(100),
+            ..Position::default()
+        },
         log_start: Lsn(0),
         durable_time: Lamport(1),
         applied_time: Lamport(1),

@@ -214,7 +214,7 @@ fn positions(status: &ReplicaStatus) -> api::Positions {
     api::Positions {
         durable: history_position(status.durable),
         applied: signed(status.applied.lsn.0),
-        dirty_end: signed(status.dirty_end.0),
+        dirty_end: signed(status.dirty_end.lsn.0),
         log_start: signed(status.log_start.0),
         replayed: signed(status.replayed.0),
     }

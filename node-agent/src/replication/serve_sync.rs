@@ -218,7 +218,7 @@ impl Sessions {
         self.session(target, id)?;
         let status = self.entry.port.status().borrow().clone();
         Ok(SyncEnd {
-            dirty_end: status.dirty_end.max(status.applied.lsn),
+            dirty_end: status.dirty_end,
             size_bytes: status.size_bytes,
         })
     }

@@ -335,7 +335,7 @@ impl Replication for Service {
         };
         let result = match result {
             Ok(end) => Reply::End(End {
-                dirty_end: end.dirty_end.0,
+                dirty_end: Some(end.dirty_end.into()),
                 size_bytes: end.size_bytes,
             }),
             Err(refused) => Reply::Refused(refused.into()),

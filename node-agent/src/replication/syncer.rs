@@ -12,7 +12,7 @@ use mars_engine::api::{Command, Refusal};
 use mars_engine::replication::digest::{DataDisk, block_digests, region_digests};
 use mars_engine::replication::messages::{Refused, RegionDigest, RegionWant, SyncEnd, SyncOffer};
 use mars_engine::replication::sync::{self, Step, SyncTarget, TaskId, WrongDigests, writes_of};
-use mars_engine::types::{ByteRange, Lamport, Lsn, ReplicaId};
+use mars_engine::types::{ByteRange, Lamport, ReplicaId};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -298,7 +298,7 @@ impl Context {
         self.entry.clock.observe(Lamport(reply.lamport))?;
         match reply.result.ok_or(Malformed("end of the sync"))? {
             Reply::End(end) => Ok(SyncEnd {
-                dirty_end: Lsn(end.dirty_end),
+                dirty_end: wire::position(end.dirty_end.as_ref())?,
                 size_bytes: end.size_bytes,
             }),
             Reply::Refused(reason) => Err(refused(&reason)),

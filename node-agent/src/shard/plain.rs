@@ -168,7 +168,7 @@ impl Engine for PlainEngine {
             durable: Position::default(),
             replayed: Lsn::ZERO,
             applied: Position::default(),
-            dirty_end: Lsn::ZERO,
+            dirty_end: Position::default(),
             log_start: Lsn::ZERO,
             durable_time: Lamport::default(),
             applied_time: Lamport::default(),

@@ -135,7 +135,7 @@ async fn a31_a_copy_under_writes_ends_equal_and_is_not_consistent_before() {
             .until("consistent", |status| status.data == DataState::Consistent)
             .await;
         assert!(
-            consistent.applied.lsn >= sync.consistent_at.unwrap(),
+            consistent.applied.lsn >= sync.consistent_at.unwrap().lsn,
             "consistent before replay had passed the dirty end"
         );
     }

@@ -100,7 +100,7 @@ pub struct Scan {
     pub stop: Stop,
     /// Highest durable end that anything told of: the start position, and every valid header. Above `end`: a defect.
     pub proven: Lsn,
-    /// The last record, wherever it stands in the scanned part.
+    /// The last record, if the log ends with one of the scanned part and not with the beginning of an epoch.
     pub last_record: Option<Record>,
     /// Sequence number of the next record, if known.
     pub next_sequence: Option<u64>,
@@ -341,9 +341,13 @@ impl<F: StoreFile> Walk<F> {
                 ended: false,
             }));
         }
-        if !same_epoch && self.tail_start.is_some() {
-            let behind = header.start();
-            self.tail.push_back((TailItem::Epoch(header.epoch.clone()), behind));
+        if !same_epoch {
+            // A `Close` behind which an epoch begins is not the last word any more.
+            self.last_record = None;
+            if self.tail_start.is_some() {
+                let behind = header.start();
+                self.tail.push_back((TailItem::Epoch(header.epoch.clone()), behind));
+            }
         }
         self.proven = self.proven.max(header.durable);
         let known = self.cursor.sequence().filter(|_| same_epoch);

@@ -78,6 +78,10 @@ pub struct LogWriter<S: Store> {
     segments: Vec<SegmentMeta>,
     current: Option<Current<S::File>>,
     prepared: Option<Prepared<S::File>>,
+    /// Prepared segments that turned out too small.
+    unfit: Vec<SegmentName>,
+    /// The next prepared segment must be at least this long (bytes).
+    least_bytes: u64,
     /// Handed out by `next_prepared`, not yet returned.
     requested: Option<SegmentName>,
     next_number: u32,
@@ -139,6 +143,8 @@ impl<S: Store> LogWriter<S> {
             segments,
             current: None,
             prepared: None,
+            unfit: Vec::new(),
+            least_bytes: 0,
             requested: None,
             next_number: next_number.max(1),
             epoch: last_epoch,
@@ -399,7 +405,11 @@ impl<S: Store> LogWriter<S> {
         match &self.prepared {
             None => Err(AppendError::NeedSegment),
             Some(prepared) if prepared.file_bytes < room => {
-                Err(FormatError::Field("payload is larger than a segment").into())
+                // It was made for smaller records: of another segment size, or of a member with larger ones.
+                self.unfit.push(prepared.name);
+                self.prepared = None;
+                self.least_bytes = align_up(room);
+                Err(AppendError::NeedSegment)
             }
             Some(_) => self.switch_segment(Some(header.sequence), header.lamport),
         }

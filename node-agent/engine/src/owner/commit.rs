@@ -175,6 +175,7 @@ impl<S: Store> Owner<S> {
         if !self.saved.log.started {
             self.save(|saved| saved.log.started = true);
         }
+        self.release_if_durable();
         if self.defect_until.is_some_and(|until| until <= durable.lsn) {
             self.defect_until = None;
             self.faults.clear(|fault| matches!(fault, Fault::LogDefect { .. }));

@@ -11,6 +11,7 @@ use super::saver::Generation;
 use super::{Owner, Purpose};
 use crate::api::{DataState, Fault, Role};
 use crate::jobs::Job;
+use crate::state::Waypoint;
 use crate::store::Store;
 use crate::types::{Lamport, Position};
 use crate::writeback;
@@ -202,23 +203,18 @@ impl<S: Store> Owner<S> {
         self.overlay = crate::overlay::Overlay::default();
     }
 
-    /// An inconsistent replica becomes consistent once the data disk has passed all that was ever written to it.
+    /// An inconsistent replica becomes consistent once the data disk has passed all that was ever written to it, on the history it came from.
     pub(super) fn consistency_may_have_come(&mut self) {
         let applied = self.saved.applied.lsn;
-        let reached = match self.saved.data {
-            DataState::Consistent => false,
-            DataState::Syncing => self
-                .saved
-                .sync
-                .and_then(|sync| sync.consistent_at)
-                .is_some_and(|wanted| applied >= wanted),
-            DataState::LogLost => self.replay.dirty_end_proven && applied >= self.saved.dirty_end.lsn,
+        let reached = match self.saved.waypoint {
+            Some(Waypoint { at, passed }) => passed && applied >= at.lsn,
+            None => false,
         };
         if reached && self.role == Role::Secondary {
             tracing::info!(replica = %self.replica, %applied, "the data is consistent now");
             self.save(|saved| {
                 saved.data = DataState::Consistent;
-                saved.sync = None;
+                (saved.sync, saved.waypoint) = (None, None);
             });
         }
     }

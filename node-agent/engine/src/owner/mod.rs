@@ -81,6 +81,7 @@ enum Purpose {
     Operation,
     SyncWrite { id: CommandId, moved_bytes: u64 },
     SyncFlush,
+    SyncRefresh { id: CommandId },
     Discard,
 }
 
@@ -248,6 +249,7 @@ impl<S: Store> Owner<S> {
                 self.sync_written(id, moved_bytes, result);
             }
             (Purpose::SyncFlush, JobOutcome::Done(result)) => self.sync_flushed(result),
+            (Purpose::SyncRefresh { id }, JobOutcome::Done(result)) => self.sync_refreshed(id, result),
             (Purpose::Discard, JobOutcome::Done(result)) => self.discard_done(result),
             (purpose, _) => unreachable!("not an outcome of {purpose:?}"),
         }
@@ -265,6 +267,7 @@ impl<S: Store> Owner<S> {
             self.step_commit();
             self.step_replay();
             self.step_exchange();
+            self.step_sync();
             self.step_flight();
             self.step_operation();
             self.step_saver();

@@ -20,7 +20,7 @@ use crate::overlay::Overlay;
 use crate::recovery::{self, LogFacts};
 use crate::roles::Close;
 use crate::slot::{Loaded, SLOT_BYTES, SlotError, Slots};
-use crate::state::{SavedRole, SavedState};
+use crate::state::{SavedRole, SavedState, Waypoint};
 use crate::store::{FileId, SegmentName, Store};
 use crate::summary::Summary;
 use crate::types::{ClusterId, Lamport, Lsn, Position, ReplicaId, ResourceId};
@@ -201,17 +201,20 @@ impl<S: Store> Owner<S> {
             self.saved.applied = facts.end;
         }
         self.replay = replay::Replay::new(self.saved.applied, self.saved.applied_time, self.saved.size_bytes);
-        self.replay.dirty_end_proven = facts.dirty_end_proven;
-        if self.saved.data == DataState::Syncing && facts.end.lsn < self.saved.dirty_end.lsn {
-            self.saved.sync = None;
-        }
         self.saved.data = decision.data;
+        self.saved.waypoint = decision.waypoint;
+        if self.saved.data == DataState::Syncing && facts.end.lsn < self.saved.dirty_end.lsn {
+            (self.saved.sync, self.saved.waypoint) = (None, None);
+        }
         self.saved.lineage = decision.lineage;
         self.resumable = decision.resumable;
         self.resume_cause = decision.resume_cause;
         self.trailing_close = facts.trailing_close;
         self.close_found(facts.end);
-        if self.resumable.is_none() {
+        self.release_if_durable();
+        // The role in the slot stays until a `Close` found in an unproven tail is durable: should power fail before, that `Close` was never
+        // told to anybody, and the role goes on.
+        if self.resumable.is_none() && self.trailing_close.is_none() {
             self.saved.role = SavedRole::Secondary;
         }
         if let Some((fault, until)) = decision.defect {
@@ -238,15 +241,24 @@ impl<S: Store> Owner<S> {
             .0
             .last()
             .is_some_and(|entry| entry.origin == self.replica);
-        self.saved.released = match self.trailing_close.filter(|_| ours) {
-            Some(Close { to, designation }) => {
-                if designation.number > self.saved.designation.number {
-                    self.saved.designation = designation;
-                }
-                Some(Released { designation, to, end })
-            }
-            None => None,
+        let release = |Close { to, designation }| Released { designation, to, end };
+        self.saved.released = self.trailing_close.filter(|_| ours).map(release);
+    }
+
+    /// A release counts, and ends the role in the slot, once its `Close` is on stable storage.
+    pub(super) fn release_if_durable(&mut self) {
+        let durable = self.log.durable().lsn;
+        let Some(released) = self.saved.released.filter(|released| released.end.lsn <= durable) else {
+            return;
         };
+        if self.role == Role::Secondary && self.saved.role != SavedRole::Secondary {
+            self.save(|saved| {
+                saved.role = SavedRole::Secondary;
+                if released.designation.number > saved.designation.number {
+                    saved.designation = released.designation;
+                }
+            });
+        }
     }
 }
 
@@ -381,12 +393,10 @@ fn open_log<S: Store>(
         from: saved.applied,
         first_segment: saved.log.first_segment,
     };
-    let mut dirty_end_proven = saved.dirty_end.lsn == saved.applied.lsn;
-    let mut visit = |_: &Record, end: Position| {
-        dirty_end_proven |= end.lsn == saved.dirty_end.lsn && end.chain == saved.dirty_end.chain;
-    };
+    let mut proofs = Proofs::new(saved);
+    let mut visit = |_: &Record, end: Position| proofs.visit(end);
     match scan(store, &params, &mut visit) {
-        Ok(scan) => Ok(found(scan, saved, same_boot, dirty_end_proven)),
+        Ok(scan) => Ok(found(scan, saved, same_boot, &proofs)),
         Err(ScanError::Missing { .. }) if !saved.log.started => empty_log(store, identity, saved),
         Err(ScanError::Missing { wanted, present }) => Err(OpenError::DataMissing {
             what: format!("the log at {wanted} ({present})"),
@@ -398,7 +408,39 @@ fn open_log<S: Store>(
     }
 }
 
-fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool) -> Found {
+/// Places that the log must lead through, for what is on the data disk to mean anything.
+struct Proofs {
+    dirty_end: Waypoint,
+    waypoint: Option<Waypoint>,
+}
+
+impl Proofs {
+    /// What was applied is known to have been on the way there; of the rest, only what is in the log.
+    fn new(saved: &SavedState) -> Self {
+        let applied = saved.applied;
+        let mut dirty_end = Waypoint {
+            at: saved.dirty_end,
+            passed: false,
+        };
+        dirty_end.visit(applied);
+        let waypoint = saved.waypoint.map(|known| {
+            let passed = known.passed && known.at.lsn <= applied.lsn;
+            let mut waypoint = Waypoint { passed, ..known };
+            waypoint.visit(applied);
+            waypoint
+        });
+        Self { dirty_end, waypoint }
+    }
+
+    fn visit(&mut self, end: Position) {
+        self.dirty_end.visit(end);
+        if let Some(waypoint) = &mut self.waypoint {
+            waypoint.visit(end);
+        }
+    }
+}
+
+fn found(scan: Scan, saved: &SavedState, same_boot: bool, proofs: &Proofs) -> Found {
     let verdict = scan.decide(saved.durable, same_boot);
     if !scan.damaged.is_empty() {
         let files: Vec<String> = scan.damaged.iter().map(ToString::to_string).collect();
@@ -428,7 +470,8 @@ fn found(scan: Scan, saved: &SavedState, same_boot: bool, dirty_end_proven: bool
             epochs,
             verdict,
             trailing_close,
-            dirty_end_proven,
+            dirty_end_proven: proofs.dirty_end.passed,
+            waypoint_passed: proofs.waypoint.is_some_and(|waypoint| waypoint.passed),
         },
         stale: unused,
         last_record,
@@ -463,6 +506,7 @@ fn empty_log<S: Store>(store: &S, identity: LogIdentity, saved: &SavedState) -> 
         verdict: Verdict::Continue,
         trailing_close: None,
         dirty_end_proven: true,
+        waypoint_passed: Proofs::new(saved).waypoint.is_some_and(|waypoint| waypoint.passed),
     };
     Ok(Found {
         state,

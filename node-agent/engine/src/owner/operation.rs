@@ -11,7 +11,7 @@ use super::restart::{Restart, Restarting};
 use super::saver::Generation;
 use super::submit::Then;
 use super::{Owner, Purpose};
-use crate::api::{Answer, Command, CommandId, Fault, Refusal, Role};
+use crate::api::{Answer, Command, CommandId, Durability, Fault, Refusal, Role};
 use crate::format::record::RecordKind;
 use crate::jobs::Job;
 use crate::lineage::Cause;
@@ -83,7 +83,11 @@ impl<S: Store> Owner<S> {
                 }
                 let generation = self.save(|saved| saved.tuning = tuning);
                 self.log.set_compression(tuning.compression);
-                self.done_when_saved(id, generation);
+                if tuning.durability == Durability::EveryWrite {
+                    self.harden_writes(id, generation);
+                } else {
+                    self.done_when_saved(id, generation);
+                }
             }
             Command::SetReplicationFault(fault) => {
                 self.changed |= self
@@ -130,7 +134,7 @@ impl<S: Store> Owner<S> {
             self.abort_loading();
         }
         let role = self.role;
-        if self.operation.is_some() || self.sync.is_flushing() {
+        if self.operation.is_some() || self.sync.is_busy() {
             return Err(Refusal::WrongRole {
                 role,
                 hint: "another operation is under way: try again after it",
@@ -163,8 +167,7 @@ impl<S: Store> Owner<S> {
             } => {
                 self.secondary_only("a primary is never the target of a sync")?;
                 let Some(restart) = self.plan_sync(source, start, lineage, size_bytes)? else {
-                    let generation = self.saver.request();
-                    self.done_when_saved(id, generation);
+                    self.go_on_with_sync(id);
                     return Ok(());
                 };
                 self.begin_restart(id, restart)
@@ -296,7 +299,7 @@ impl<S: Store> Owner<S> {
             );
             self.refuse(id, Refusal::Invalid(message));
         } else {
-            self.append_control(RecordKind::Resize, size_bytes, Bytes::new(), Then::Reply(id));
+            self.append_resize(size_bytes, Then::Reply(id));
         }
     }
 }

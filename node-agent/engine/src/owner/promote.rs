@@ -130,10 +130,15 @@ impl<S: Store> Owner<S> {
                 } else {
                     let entry = cause.map(|cause| self.new_epoch(cause));
                     let for_slot = entry.clone();
+                    // Going on without the damaged part of a log is what the order says: it is not missed at the next start.
+                    let durable = self.log.durable().lsn;
+                    self.defect_until = None;
                     let generation = self.save(|saved| {
                         saved.designation = designation;
                         saved.role = SavedRole::Primary { granted: designation };
                         saved.data = DataState::Consistent;
+                        (saved.sync, saved.waypoint) = (None, None);
+                        saved.durable = durable;
                         if let Some(entry) = for_slot {
                             saved.lineage.push(entry);
                         }

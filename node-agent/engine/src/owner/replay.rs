@@ -45,8 +45,6 @@ pub(super) struct Replay {
     /// The next record is held back until then by the apply delay.
     wake: Option<Duration>,
     asking_size: bool,
-    /// The cursor has passed the saved dirty end on exactly that history.
-    pub(super) dirty_end_proven: bool,
 }
 
 impl Replay {
@@ -64,7 +62,6 @@ impl Replay {
             retry: Retry::default(),
             wake: None,
             asking_size: false,
-            dirty_end_proven: false,
         }
     }
 
@@ -139,8 +136,7 @@ impl<S: Store> Owner<S> {
             Role::Primary | Role::Closing => false,
             Role::Promoting => true,
             Role::Secondary => {
-                let copying = self.saved.data == DataState::Syncing
-                    && self.saved.sync.is_none_or(|sync| sync.consistent_at.is_none());
+                let copying = self.saved.data == DataState::Syncing && self.saved.waypoint.is_none();
                 self.saved.switches.replay && !copying && !self.is_discarding_log() && !self.is_shutting_down()
             }
         }
@@ -205,9 +201,20 @@ impl<S: Store> Owner<S> {
             RecordKind::Marker | RecordKind::Close | RecordKind::EmergencyEnter | RecordKind::Resolve => {}
         }
         self.replay.passed(end, record.header.lamport);
-        let dirty = self.saved.dirty_end;
-        self.replay.dirty_end_proven |= end.lsn == dirty.lsn && end.chain == dirty.chain;
+        self.visit_waypoint(end);
         true
+    }
+
+    /// Replay has come to `end`. A copy whose end lies in another history than the one replayed here is worth nothing.
+    fn visit_waypoint(&mut self, end: Position) {
+        let Some(waypoint) = &mut self.saved.waypoint else {
+            return;
+        };
+        waypoint.visit(end);
+        if waypoint.is_missed(end.lsn) && self.saved.data == DataState::Syncing {
+            tracing::warn!(replica = %self.replica, at = %waypoint.at, "the history that was copied ended elsewhere: the copy starts anew");
+            self.save(|saved| (saved.sync, saved.waypoint) = (None, None));
+        }
     }
 
     /// Whether the apply delay holds back a record of that time; remembers when it is over.

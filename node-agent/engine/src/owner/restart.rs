@@ -119,6 +119,7 @@ impl<S: Store> Owner<S> {
         self.trailing_close = None;
         self.resumable = None;
         self.defect_until = None;
+        self.sync.begun();
         self.faults.clear(|fault| {
             matches!(
                 fault,
@@ -131,7 +132,7 @@ impl<S: Store> Owner<S> {
         self.save(|saved| {
             saved.data = DataState::Syncing;
             saved.role = SavedRole::Secondary;
-            saved.sync = sync;
+            (saved.sync, saved.waypoint) = (sync, None);
             saved.size_bytes = size_bytes;
             (saved.applied, saved.dirty_end, saved.durable) = (start, start, start.lsn);
             saved.log = LogOrigin {

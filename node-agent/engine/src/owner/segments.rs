@@ -97,9 +97,12 @@ impl<S: Store> Owner<S> {
     }
 
     pub(super) fn step_segments(&mut self) {
+        let unfit = self.log.take_unfit().into_iter().map(FileId::Segment);
+        self.discarded.extend(unfit);
         let may_prepare = !self.is_shut_down && self.repair.is_none() && self.segments.retry.ready(self.now.mono);
         if may_prepare && let Some(name) = self.log.next_prepared() {
-            let (id, len) = (FileId::Segment(name), self.saved.tuning.segment_bytes);
+            let len = self.saved.tuning.segment_bytes.max(self.log.least_bytes());
+            let id = FileId::Segment(name);
             let spare = self.take_spare(len);
             self.job(Purpose::Prepare { name, bytes: len }, Job::Create { id, len, spare });
         }

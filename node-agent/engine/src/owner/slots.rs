@@ -12,6 +12,9 @@ use std::io;
 impl<S: Store> Owner<S> {
     /// Answers `Done` once `generation` is on stable storage.
     pub(super) fn done_when_saved(&mut self, id: CommandId, generation: Generation) {
+        if self.saver.is_durable(generation) {
+            return self.done(id);
+        }
         self.saved_waiters.push_back((generation, id));
         self.moved = true;
     }
@@ -23,11 +26,9 @@ impl<S: Store> Owner<S> {
         if !self.saver.is_due() || !self.saver.retry.ready(self.now.mono) {
             return;
         }
-        // Damage that is to be fetched again must not make us forget how far the log was durable.
-        let durable = self.log.durable().lsn;
-        if durable >= self.saved.durable || self.defect_until.is_none() {
-            self.saved.durable = durable;
-        }
+        // Only grows: a tail that is being rewritten, and damage that is to be fetched again, must not make us forget how far the log was
+        // durable. Throwing a log away, or going on without its damaged part, sets it by itself.
+        self.saved.durable = self.saved.durable.max(self.log.durable().lsn);
         self.saved.clock = self.clock.last();
         if self.resumable.is_none() {
             self.saved.boot_id = self.boot_id;

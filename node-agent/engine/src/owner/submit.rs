@@ -4,6 +4,7 @@
 //! records are appended in the order of submission, so log order is compatible with completion order (P3); what cannot be
 //! appended now waits in order and is never answered with an error because of a full buffer or a failing log (P8).
 
+use super::saver::Generation;
 use super::{MAX_IN_FLIGHT, Owner, Purpose};
 use crate::api::{Action, Answer, CommandId, Durability, Fault, Io, IoResult, Now, Role, Submitted};
 use crate::format::record::RecordKind;
@@ -30,8 +31,12 @@ pub(super) enum Then {
     Complete(u64),
     /// Answer a command with the position.
     Reply(CommandId),
+    /// Answer a command, once a save is done too.
+    Tuned(CommandId, Generation),
     /// The operation under way waits for it.
     Operation,
+    /// Nobody: what waits, waits for the record behind it.
+    Nobody,
 }
 
 /// A change that waits to be appended.
@@ -59,7 +64,9 @@ struct Waiter {
 enum Told {
     Complete(u64),
     Reply(CommandId, Position),
+    Tuned(CommandId, Generation),
     Operation(Position),
+    Nobody,
 }
 
 /// Unanswered requests.
@@ -169,6 +176,25 @@ impl<S: Store> Owner<S> {
     /// Queues a record that is not a request of the device: resize, marker, close. `then` is told when it is durable.
     pub(super) fn append_control(&mut self, kind: RecordKind, offset: u64, payload: Bytes, then: Then) {
         let len = payload.len() as u64;
+        self.hold_control(kind, ByteRange { offset, len }, payload, then);
+    }
+
+    /// Queues a new size. What comes into view reads as zeros on every member, whatever their disks held there.
+    pub(super) fn append_resize(&mut self, size_bytes: u64, then: Then) {
+        let old = self.size_bytes();
+        if size_bytes == old {
+            return self.append_control(RecordKind::Resize, size_bytes, Bytes::new(), then);
+        }
+        self.append_control(RecordKind::Resize, size_bytes, Bytes::new(), Then::Nobody);
+        let grown = ByteRange {
+            offset: old,
+            len: size_bytes - old,
+        };
+        self.hold_control(RecordKind::WriteZeroes, grown, Bytes::new(), then);
+    }
+
+    fn hold_control(&mut self, kind: RecordKind, range: ByteRange, payload: Bytes, then: Then) {
+        let ByteRange { offset, len } = range;
         self.requests.held.push_back(Held {
             kind,
             offset,
@@ -179,6 +205,20 @@ impl<S: Store> Owner<S> {
             then,
         });
         self.moved = true;
+    }
+
+    /// From now on the device promises that what is complete is durable, and nobody flushes any more. Told when that is true of all that
+    /// was complete before; what still waits to be appended is complete only when it is durable.
+    pub(super) fn harden_writes(&mut self, id: CommandId, generation: Generation) {
+        for held in &mut self.requests.held {
+            held.when_durable = true;
+        }
+        if self.log.durable().lsn == self.log.appended_lsn() {
+            self.done_when_saved(id, generation);
+        } else {
+            self.push_waiter(Then::Tuned(id, generation));
+            self.moved = true;
+        }
     }
 
     /// Appends a change, in records of at most [`MAX_PAYLOAD_BYTES`]; `false`: it must wait, `held` is what is left of it.
@@ -288,7 +328,9 @@ impl<S: Store> Owner<S> {
         match then {
             Then::Complete(tag) => Told::Complete(tag),
             Then::Reply(id) => Told::Reply(id, self.log.appended()),
+            Then::Tuned(id, generation) => Told::Tuned(id, generation),
             Then::Operation => Told::Operation(self.log.appended()),
+            Then::Nobody => Told::Nobody,
         }
     }
 
@@ -299,7 +341,9 @@ impl<S: Store> Owner<S> {
                 result: IoResult::Done,
             }),
             Told::Reply(id, at) => self.reply(id, Ok(Answer::At(at))),
+            Told::Tuned(id, generation) => self.done_when_saved(id, generation),
             Told::Operation(at) => self.control_durable(at),
+            Told::Nobody => {}
         }
     }
 

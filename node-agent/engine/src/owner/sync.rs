@@ -4,37 +4,68 @@
 //! flushed; `consistent_at` is never below what any source may have had on its disk when a block was read from it.
 
 use super::restart::Restart;
+use super::saver::Generation;
 use super::{Owner, Purpose};
 use crate::api::{CommandId, DataState, Fault, Refusal, Role};
 use crate::jobs::Job;
 use crate::lineage::{Cause, Lineage};
-use crate::state::SavedSync;
+use crate::state::{SavedSync, Waypoint};
 use crate::store::Store;
-use crate::types::{ByteRange, Lsn, Position, ReplicaId, SECTOR_BYTES};
+use crate::types::{ByteRange, Position, ReplicaId, SECTOR_BYTES};
 use crate::writeback::Extent;
 use bytes::Bytes;
+use std::collections::VecDeque;
 use std::io;
 
 /// What is to be saved once the data disk is flushed.
 #[derive(Debug, Clone, Copy)]
 enum After {
     Checkpoint { done_bytes: u64 },
-    Finish { dirty_end: Lsn },
+    Finish { dirty_end: Position },
 }
 
 /// The state of a copy beside what is saved of it.
 #[derive(Debug, Default)]
 pub(super) struct Target {
     flushing: Option<(CommandId, After)>,
+    /// What was written and not flushed is being written again.
+    refreshing: bool,
+    /// Every write of this copy since its last checkpoint was seen to succeed, and no flush has failed: what the disk reads as is what it will
+    /// hold. Not so at first: what an earlier process saw is unknown.
+    is_trusted: bool,
+    /// Writes that wait until `written_to` is on stable storage.
+    announced: VecDeque<(Generation, SyncWrite)>,
     /// Payload written since progress was saved last (bytes).
     moved_bytes: u64,
     writing: usize,
 }
 
+/// One write of a copy.
+#[derive(Debug)]
+struct SyncWrite {
+    id: CommandId,
+    extent: Extent,
+    moved_bytes: u64,
+}
+
+const DISTRUSTED: &str = "a write or flush of this copy failed: begin the sync again";
+/// `written_to` moves in steps of this (bytes): a copy costs one slot write per step.
+const ANNOUNCE_BYTES: u64 = 256 << 20;
+
 impl Target {
-    pub(super) fn is_flushing(&self) -> bool {
-        self.flushing.is_some()
+    pub(super) fn is_busy(&self) -> bool {
+        self.flushing.is_some() || self.refreshing
     }
+
+    /// A copy begins from nothing: there is nothing to distrust.
+    pub(super) fn begun(&mut self) {
+        self.is_trusted = true;
+    }
+}
+
+/// The later of two positions of one history.
+fn later(one: Position, other: Position) -> Position {
+    if other.lsn > one.lsn { other } else { one }
 }
 
 impl<S: Store> Owner<S> {
@@ -62,13 +93,13 @@ impl<S: Store> Owner<S> {
         if let Some(sync) = self
             .saved
             .sync
-            .filter(|sync| self.saved.data == DataState::Syncing && sync.consistent_at.is_none())
+            .filter(|_| self.saved.data == DataState::Syncing && self.saved.waypoint.is_none())
             && self.may_continue(&sync, source, start, &lineage)
         {
             let floor = if source == sync.source {
                 sync.floor
             } else {
-                sync.floor.max(last.parent.lsn)
+                later(sync.floor, last.parent)
             };
             let epoch = last.id;
             self.save(|saved| {
@@ -87,8 +118,8 @@ impl<S: Store> Owner<S> {
             done_bytes: 0,
             total_bytes: size_bytes,
             moved_bytes: 0,
-            floor: start.lsn,
-            consistent_at: None,
+            floor: start,
+            written_to: 0,
         };
         Ok(Some(Self::restart_for_sync(start, lineage, sync, size_bytes)))
     }
@@ -124,7 +155,7 @@ impl<S: Store> Owner<S> {
             });
         }
         match self.saved.sync {
-            Some(sync) if self.saved.data == DataState::Syncing && sync.consistent_at.is_none() => Ok(sync),
+            Some(sync) if self.saved.data == DataState::Syncing && self.saved.waypoint.is_none() => Ok(sync),
             _ => Err(Refusal::Invalid("no copy is under way: begin a sync first".into())),
         }
     }
@@ -147,6 +178,9 @@ impl<S: Store> Owner<S> {
             );
             return self.refuse(id, Refusal::Invalid(message));
         }
+        if !self.sync.is_trusted {
+            return self.refuse(id, Refusal::Invalid(DISTRUSTED.into()));
+        }
         self.sync.writing += 1;
         let moved_bytes = data.as_ref().map_or(0, |data| data.len() as u64);
         let extent = match data {
@@ -156,12 +190,79 @@ impl<S: Store> Owner<S> {
             },
             None => Extent::Zeros(range),
         };
-        let job = Job::Write {
-            disk: self.data.clone(),
-            extents: vec![extent],
-            flush: false,
+        let generation = self.announce_writes(sync, range.end());
+        let write = SyncWrite {
+            id,
+            extent,
+            moved_bytes,
         };
-        self.job(Purpose::SyncWrite { id, moved_bytes }, job);
+        self.sync.announced.push_back((generation, write));
+        self.moved = true;
+    }
+
+    /// Saves that blocks up to `end` may have been written; says which save must be done before they are.
+    fn announce_writes(&mut self, sync: SavedSync, end: u64) -> Generation {
+        if end > sync.written_to {
+            let written_to = end.next_multiple_of(ANNOUNCE_BYTES).min(sync.total_bytes);
+            return self.save(|saved| saved.sync = Some(SavedSync { written_to, ..sync }));
+        }
+        // Perhaps announced by a save that is still under way.
+        self.sync.announced.back().map_or(0, |(generation, _)| *generation)
+    }
+
+    /// Writes what is announced.
+    pub(super) fn step_sync(&mut self) {
+        while let Some((_, write)) = self
+            .sync
+            .announced
+            .pop_front_if(|(generation, _)| self.saver.is_durable(*generation))
+        {
+            let SyncWrite {
+                id,
+                extent,
+                moved_bytes,
+            } = write;
+            if let Err(refusal) = self.check_copying() {
+                self.sync.writing -= 1;
+                self.refuse(id, refusal);
+                continue;
+            }
+            let job = Job::Write {
+                disk: self.data.clone(),
+                extents: vec![extent],
+                flush: false,
+            };
+            self.job(Purpose::SyncWrite { id, moved_bytes }, job);
+        }
+    }
+
+    /// A copy goes on. A flush that failed leaves blocks in memory that count as clean and are not on the disk: whatever was written and
+    /// not flushed before is read and written once more, so that comparing with the source, and the next flush, tell the truth.
+    pub(super) fn go_on_with_sync(&mut self, id: CommandId) {
+        let unflushed = self.saved.sync.map(|sync| ByteRange {
+            offset: sync.done_bytes,
+            len: sync.written_to.saturating_sub(sync.done_bytes),
+        });
+        if let Some(range) = unflushed.filter(|range| range.len > 0 && !self.sync.is_trusted) {
+            self.sync.refreshing = true;
+            let disk = self.data.clone();
+            return self.job(Purpose::SyncRefresh { id }, Job::Refresh { disk, range });
+        }
+        self.sync.is_trusted = true;
+        let generation = self.saver.request();
+        self.done_when_saved(id, generation);
+    }
+
+    pub(super) fn sync_refreshed(&mut self, id: CommandId, result: io::Result<()>) {
+        self.sync.refreshing = false;
+        match result {
+            Ok(()) => {
+                self.sync.is_trusted = true;
+                let generation = self.saver.request();
+                self.done_when_saved(id, generation);
+            }
+            Err(error) => self.copy_failed(id, &error),
+        }
     }
 
     pub(super) fn sync_written(&mut self, id: CommandId, moved_bytes: u64, result: io::Result<()>) {
@@ -174,6 +275,7 @@ impl<S: Store> Owner<S> {
     }
 
     fn copy_failed(&mut self, id: CommandId, error: &io::Error) {
+        self.sync.is_trusted = false;
         let message = format!("writing a copy to the data disk: {error}");
         self.changed |= self.faults.set(Fault::DataDiskFailed {
             message: message.clone(),
@@ -185,7 +287,7 @@ impl<S: Store> Owner<S> {
         self.flush_then(id, After::Checkpoint { done_bytes });
     }
 
-    pub(super) fn finish_sync(&mut self, id: CommandId, dirty_end: Lsn) {
+    pub(super) fn finish_sync(&mut self, id: CommandId, dirty_end: Position) {
         self.flush_then(id, After::Finish { dirty_end });
     }
 
@@ -193,7 +295,10 @@ impl<S: Store> Owner<S> {
         if let Err(refusal) = self.check_copying() {
             return self.refuse(id, refusal);
         }
-        if self.sync.is_flushing() || self.sync.writing > 0 {
+        if !self.sync.is_trusted {
+            return self.refuse(id, Refusal::Invalid(DISTRUSTED.into()));
+        }
+        if self.sync.is_busy() || self.sync.writing > 0 {
             return self.refuse(id, Refusal::Invalid("wait for the replies to all writes first".into()));
         }
         self.sync.flushing = Some((id, after));
@@ -210,11 +315,12 @@ impl<S: Store> Owner<S> {
             unreachable!("a flush was under way")
         };
         if let Err(error) = result {
-            // What was written since the last checkpoint is in doubt: the source of truth is the saved progress.
+            // What was written since the last checkpoint is in doubt: see `go_on_with_sync`.
             return self.copy_failed(id, &error);
         }
         self.changed |= self.faults.clear(|fault| matches!(fault, Fault::DataDiskFailed { .. }));
         let moved_bytes = std::mem::take(&mut self.sync.moved_bytes);
+        let cursor = self.replay.cursor();
         let generation = self.save(|saved| {
             let Some(sync) = &mut saved.sync else { return };
             sync.moved_bytes += moved_bytes;
@@ -222,7 +328,12 @@ impl<S: Store> Owner<S> {
                 After::Checkpoint { done_bytes } => sync.done_bytes = done_bytes.min(sync.total_bytes),
                 After::Finish { dirty_end } => {
                     sync.done_bytes = sync.total_bytes;
-                    sync.consistent_at = Some(dirty_end.max(sync.floor));
+                    let mut waypoint = Waypoint {
+                        at: later(dirty_end, sync.floor),
+                        passed: false,
+                    };
+                    waypoint.visit(cursor);
+                    saved.waypoint = Some(waypoint);
                 }
             }
         });

@@ -30,7 +30,7 @@ pub(crate) fn own(epochs: &[(u128, u64)], durable: Position) -> ReplicaStatus {
         durable,
         replayed: durable.lsn,
         applied: Position::default(),
-        dirty_end: Lsn(0),
+        dirty_end: Position::default(),
         log_start: Lsn(0),
         durable_time: Lamport(0),
         applied_time: Lamport(0),

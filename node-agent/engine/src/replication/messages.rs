@@ -109,7 +109,7 @@ impl PeerStatus {
             durable_time: status.durable_time,
             applied: status.applied,
             applied_time: status.applied_time,
-            dirty_end: status.dirty_end,
+            dirty_end: status.dirty_end.lsn,
             log_start: status.log_start,
             size_bytes: status.size_bytes,
             lineage: status.lineage.clone(),
@@ -343,8 +343,8 @@ pub struct BlocksReply {
 /// Answer to the end of a sync, taken after the last block was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SyncEnd {
-    /// No byte that was read is younger than this.
-    pub dirty_end: Lsn,
+    /// No byte that was read is younger than this; provable, so that the copy cannot be taken for one of another history.
+    pub dirty_end: Position,
     /// Size of the source's device now (bytes).
     pub size_bytes: u64,
 }

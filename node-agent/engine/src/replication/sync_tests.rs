@@ -126,12 +126,12 @@ impl Copy {
             }
             Step::End => {
                 let end = SyncEnd {
-                    dirty_end: Lsn(self.log.len() as u64),
+                    dirty_end: position(1, self.log.len() as u64),
                     size_bytes: self.source.0.len() as u64,
                 };
                 self.target.on_end(end);
             }
-            Step::Finish(Command::FinishSync { dirty_end }) => self.finish = Some(dirty_end),
+            Step::Finish(Command::FinishSync { dirty_end }) => self.finish = Some(dirty_end.lsn),
             Step::Finish(other) => panic!("{other:?}"),
         }
         true
@@ -361,7 +361,7 @@ fn a33_a_log_that_can_never_be_continued_is_given_up_before_a_session() {
 fn a32_a_copy_goes_on_where_the_owner_says_and_only_while_one_is_under_way() {
     let mut me = syncing(300 << 10, 50, position(1, 90));
     assert_eq!(resume_point(&me), Some(262_144));
-    me.sync.as_mut().unwrap().consistent_at = Some(Lsn(70));
+    me.sync.as_mut().unwrap().consistent_at = Some(position(1, 70));
     assert_eq!(resume_point(&me), None);
 }
 
@@ -394,7 +394,7 @@ fn a33_a_target_copies_from_the_primary_or_a_consistent_member_on_its_history_ne
         SyncNeed::None
     );
     let mut copied = me;
-    copied.sync.as_mut().unwrap().consistent_at = Some(Lsn(95));
+    copied.sync.as_mut().unwrap().consistent_at = Some(position(1, 95));
     assert_eq!(sync_need(&copied, &wish(), &members, false), SyncNeed::None);
     assert_eq!(sync_need(&copied, &wish(), &members, true), SyncNeed::From(replica(1)));
 }

@@ -43,7 +43,7 @@ pub(super) fn hold_or_let_go(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     let off = !status.switches.replay && !status.switches.sync && !facts.copying;
     let written = status.applied.lsn == status.replayed;
     // While a copy is needed the dirty end lies ahead for another reason.
-    let clean = status.dirty_end == status.applied.lsn || status.data != DataState::Consistent;
+    let clean = status.dirty_end.lsn == status.applied.lsn || status.data != DataState::Consistent;
     if off && written && clean {
         plan.steps.push(Step::DetachDisk);
     } else {

@@ -40,7 +40,10 @@ fn a36_a_data_disk_is_let_go_of_only_at_rest() {
         (
             "a write-back is under way",
             ReplicaStatus {
-                dirty_end: Lsn(120),
+                dirty_end: Position {
+                    lsn: Lsn(120),
+                    ..Position::default()
+                },
                 ..at_rest.clone()
             },
         ),

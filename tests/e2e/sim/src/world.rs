@@ -322,7 +322,7 @@ impl World {
                     "nodes {twin:?} and {at} are primary under one designation"
                 );
             }
-            let settled = status.applied.lsn == status.dirty_end && !status.lineage.0.is_empty();
+            let settled = status.applied.lsn == status.dirty_end.lsn && !status.lineage.0.is_empty();
             if status.data == DataState::Consistent && settled {
                 let disk = node.rig.store.peek(&FileId::Data).expect("every node has a data disk");
                 let expected = self.oracle.content_at(&status.lineage, status.applied);

@@ -19,6 +19,17 @@ impl<S: Store> LogWriter<S> {
         self.prepared.take().map(|prepared| prepared.name)
     }
 
+    /// Prepared segments that turned out too small for a record: their files are to be removed.
+    pub fn take_unfit(&mut self) -> Vec<SegmentName> {
+        std::mem::take(&mut self.unfit)
+    }
+
+    /// How long the next prepared segment must be at least (bytes).
+    #[must_use]
+    pub fn least_bytes(&self) -> u64 {
+        self.least_bytes
+    }
+
     /// Length of the prepared segment (bytes).
     #[must_use]
     pub fn prepared_bytes(&self) -> u64 {
@@ -51,6 +62,9 @@ impl<S: Store> LogWriter<S> {
             return false;
         }
         self.requested = None;
+        if file_bytes >= self.least_bytes {
+            self.least_bytes = 0;
+        }
         self.prepared = Some(Prepared { name, file, file_bytes });
         true
     }

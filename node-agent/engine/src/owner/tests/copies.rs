@@ -36,6 +36,7 @@ fn a31_sync_under_writes_is_consistent_only_after_replay_has_passed_the_dirty_en
                 b.kill();
                 b.open().unwrap();
                 assert_eq!(b.owner().status().sync.unwrap().done_bytes, (from + part) as u64);
+                begin_sync(&a, &mut b);
             }
             let refused = b.command(Command::Promote {
                 designation: designation(5),
@@ -50,12 +51,15 @@ fn a31_sync_under_writes_is_consistent_only_after_replay_has_passed_the_dirty_en
         ok(b.command(Command::FinishSync { dirty_end }));
         while b.run_one_job() {}
         let status = b.owner().status();
-        assert_eq!(status.data == DataState::Consistent, status.applied.lsn >= dirty_end);
+        assert_eq!(
+            status.data == DataState::Consistent,
+            status.applied.lsn >= dirty_end.lsn
+        );
         for _ in 0..10_000 {
             let status = b.owner().status();
             if status.data == DataState::Consistent {
                 assert!(
-                    status.applied.lsn >= dirty_end,
+                    status.applied.lsn >= dirty_end.lsn,
                     "{} is below {dirty_end}",
                     status.applied
                 );

@@ -5,6 +5,7 @@ mod crash;
 mod exchange;
 mod handover;
 mod pair;
+mod promises;
 mod recycle;
 mod restart;
 mod writes;

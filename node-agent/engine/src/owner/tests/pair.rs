@@ -187,7 +187,7 @@ fn a36_the_secondarys_disk_is_the_primarys_content_at_its_applied_lsn() {
                 b.settle();
             }
             let status = b.owner().status();
-            let quiet = b.pending_jobs() == 0 && status.applied.lsn == status.dirty_end;
+            let quiet = b.pending_jobs() == 0 && status.applied.lsn == status.dirty_end.lsn;
             if let Some(changes) = tape.changes_at(status.applied.lsn).filter(|_| quiet) {
                 assert!(
                     disk(&b) == load.content_after(changes),

@@ -7,7 +7,7 @@ use crate::owner::OpenError;
 use crate::store::{FileId, Store};
 use crate::store_sim::Survival;
 use crate::testing::{Crash, Load, Rig};
-use crate::types::{ByteRange, Lsn, ReplicaId};
+use crate::types::{ByteRange, Lsn, Position, ReplicaId};
 use rand::Rng;
 use uuid::Uuid;
 
@@ -104,7 +104,7 @@ fn a59_missing_slots_log_or_disk_of_another_replica_are_refused_and_nothing_is_c
 }
 
 /// Flips a bit of a durable record of `rig`, in the middle of the log between `applied` and the end.
-fn damage(rig: &Rig) {
+pub(super) fn damage(rig: &Rig) {
     let name = rig.owner().log_view().segments.last().unwrap().name;
     let image = rig.store.peek(&FileId::Segment(name)).unwrap();
     let used = image.iter().rposition(|byte| *byte != 0).unwrap();
@@ -178,7 +178,7 @@ fn a_log_that_ends_below_the_dirty_end_makes_the_data_inconsistent_until_it_is_t
     b.hold = |job| matches!(job, crate::jobs::Job::Write { .. });
     ok(b.command(Command::SetSwitches(crate::api::Switches::default())));
     b.settle();
-    assert!(b.owner().status().dirty_end > b.owner().status().applied.lsn);
+    assert!(b.owner().status().dirty_end.lsn > b.owner().status().applied.lsn);
     damage(&b);
     b.kill();
     b.hold = |_| false;
@@ -504,9 +504,14 @@ fn a33_a_copy_goes_on_after_a_handover_and_starts_over_after_a_failover() {
         assert_eq!(sync.done_bytes, half as u64, "progress survives a handover");
         super::pair::copy(&b, &mut c, half, 2 * half);
         // Whatever the new source says of its own disk: blocks of the old one hold more.
-        ok(c.command(Command::FinishSync { dirty_end: Lsn::ZERO }));
+        ok(c.command(Command::FinishSync {
+            dirty_end: Position::default(),
+        }));
         let consistent_at = c.owner().status().sync.unwrap().consistent_at.unwrap();
-        assert!(consistent_at >= was_dirty, "{consistent_at} is below {was_dirty}");
+        assert!(
+            consistent_at.lsn >= was_dirty.lsn,
+            "{consistent_at} is below {was_dirty}"
+        );
         catch_up(&mut b, &mut c);
         c.settle();
         assert_eq!(c.owner().status().data, DataState::Consistent);

@@ -105,7 +105,7 @@ fn a17_watch(rig: &Rig, job: &Job<SimFile>) {
     let Job::Write { extents, .. } = job else { return };
     assert_eq!(
         saved_dirty_end(rig),
-        rig.owner().status().dirty_end,
+        rig.owner().status().dirty_end.lsn,
         "the dirty end is saved before the first byte is written"
     );
     for extent in extents {

@@ -81,7 +81,6 @@ impl World {
         let status = self.nodes[at].rig.owner().status();
         assert_ne!(status.data, DataState::LogLost, "node {at} lost log that was durable");
         let Some(resumable) = status.resumable else {
-            self.released_in_a_crash(at);
             return;
         };
         // The agent's rule (P9): only when nobody is designated anew.
@@ -106,8 +105,8 @@ impl World {
         }
     }
 
-    /// A node that closed, and died before it could say so, says so now.
-    fn released_in_a_crash(&mut self, at: usize) {
+    /// A node that closed, and died before it could say so, says so once that is durable.
+    pub(super) fn released_in_a_crash(&mut self, at: usize) {
         let released = self.nodes[at].rig.owner().status().released;
         if let (Some(handover), Some(released)) = (&mut self.handover, released)
             && handover.from == at

@@ -158,7 +158,7 @@ impl World {
             node.is_up() && {
                 let status = node.rig.owner().status();
                 let at_end = |position: Position| (position.lsn, position.chain) == (end.lsn, end.chain);
-                let equal = status.durable == end && at_end(status.applied) && status.dirty_end == end.lsn;
+                let equal = status.durable == end && at_end(status.applied) && status.dirty_end.lsn == end.lsn;
                 equal && status.data == DataState::Consistent
             }
         })

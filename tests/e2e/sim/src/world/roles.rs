@@ -60,6 +60,11 @@ impl World {
     }
 
     pub(super) fn drive_handover(&mut self) {
+        if let Some(handover) = self.handover
+            && self.nodes[handover.from].rig.is_up()
+        {
+            self.released_in_a_crash(handover.from);
+        }
         let Some(handover) = self.handover else { return };
         let Some(end) = handover.end else { return };
         let to = &self.nodes[handover.to];
