@@ -315,7 +315,7 @@ pub struct Device {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct User {
-    /// process, mount or holder.
+    /// process, mount, holder or swap; unknown while the agent cannot tell whether anybody uses the device, which counts as use.
     pub kind: String,
     /// Command name, mount point or device.
     pub name: String,

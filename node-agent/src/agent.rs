@@ -351,12 +351,13 @@ impl Running {
         }
     }
 
-    /// Devices with their users, in words.
+    /// Devices that are served here, with their users, in words. One that nobody serves cannot be waited for.
     fn in_use(&self) -> Vec<String> {
         let views = self.node.views.borrow().clone();
         let used = |view: &Arc<crate::reconcile::context::ReplicaView>| {
             let users: Vec<&str> = view.status.opened_by.iter().map(|user| user.name.as_str()).collect();
-            (!users.is_empty()).then(|| format!("{} by {}", view.resource, users.join(", ")))
+            let is_served = view.status.device.is_some();
+            (is_served && !users.is_empty()).then(|| format!("{} by {}", view.resource, users.join(", ")))
         };
         views.values().filter_map(used).collect()
     }

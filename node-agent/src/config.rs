@@ -134,8 +134,8 @@ pub struct RunArgs {
     /// On SIGTERM, how long devices in use are still served before they are left to the next agent (seconds).
     #[arg(long, default_value_t = 20)]
     pub drain_timeout_s: u64,
-    /// After a restart within one boot, how long other members get to object before the primary role is resumed (ms).
-    #[arg(long, default_value_t = 1500)]
+    /// After a restart, how long other members get to object, or to prove that log is lost here, before the primary role is resumed (ms).
+    #[arg(long, default_value_t = 2000)]
     pub resume_ask_ms: u64,
 }
 

@@ -9,12 +9,13 @@ use crate::frontend::{FrontendChoice, FrontendKind};
 use crate::layout::{self, LayoutError};
 use crate::pool::{self, PoolError, PoolWish, Space};
 use crate::reconcile::context::NodeContext;
+use crate::reconcile::inventory::{self, Inventory};
 use crate::reconcile::object::{signed, time_now};
-use crate::reconcile::supervisor::{self, Request};
+use crate::reconcile::supervisor::Request;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use mars_crds::Size;
 use mars_crds::conditions::{self, Truth};
-use mars_crds::node::{FoundReplica, Frontend, MarsNodeSpec, MarsNodeStatus, PoolStatus, StoreSpace};
+use mars_crds::node::{Frontend, MarsNodeSpec, MarsNodeStatus, PoolStatus, StoreSpace};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -164,6 +165,10 @@ impl NodeReporter {
         let node = self.node.clone();
         let looked = tokio::task::spawn_blocking(move || look(&node)).await;
         let found = looked.unwrap_or_default();
+        let inventory = found.inventory.unwrap_or_else(|| Inventory {
+            replicas: Vec::new(),
+            unreadable: vec!["the store of replicas cannot be listed".to_owned()],
+        });
         let node = &self.node;
         let frontends = node.runtime.frontends();
         let available = frontends.names();
@@ -186,15 +191,15 @@ impl NodeReporter {
             pools: found.pools,
             lamport_slip_ms: found.lamport_slip_ms,
             last_seen: Some(time_now()),
-            inventory_complete: found.inventory.is_some(),
-            replicas: found.inventory.unwrap_or_default(),
+            inventory_complete: inventory.unreadable.is_empty(),
+            replicas: inventory.replicas,
             conditions: previous.to_vec(),
         };
-        self.set_conditions(spec, &mut status);
+        self.set_conditions(spec, &inventory.unreadable, &mut status);
         status
     }
 
-    fn set_conditions(&self, spec: &MarsNodeSpec, status: &mut MarsNodeStatus) {
+    fn set_conditions(&self, spec: &MarsNodeSpec, unreadable: &[String], status: &mut MarsNodeStatus) {
         let now = time_now();
         let absent: Vec<&str> = status
             .pools
@@ -208,7 +213,14 @@ impl NodeReporter {
             .frontend
             .is_empty()
             .then(|| "no block devices can be made: start the device keeper, or load ublk_drv".to_owned());
+        let incomplete = (!unreadable.is_empty()).then(|| {
+            format!(
+                "what the store holds is not known, so nothing new is made here: {}. Mount or restore it, or move it out of the store",
+                unreadable.join("; ")
+            )
+        });
         let problem = no_frontend
+            .or_else(|| incomplete.clone())
             .or_else(|| trouble.clone())
             .or((!absent.is_empty()).then(|| format!("pools not there: {absent}. Mount them; their replicas wait")));
         if problem.is_some() {
@@ -229,6 +241,15 @@ impl NodeReporter {
                 Truth::True,
                 "Kept",
                 "open devices survive the death of this agent",
+            ),
+        }
+        match &incomplete {
+            Some(message) => set("InventoryComplete", Truth::False, "Unreadable", message),
+            None => set(
+                "InventoryComplete",
+                Truth::True,
+                "AllRead",
+                "every directory in the store says whose it is",
             ),
         }
         let slip = "reclaim of memory may wait for this agent: grant CAP_SYS_RESOURCE";
@@ -318,12 +339,12 @@ fn frontend_list(available: &[FrontendKind]) -> Vec<Frontend> {
 struct Found {
     log_store: Option<Space>,
     pools: Vec<PoolStatus>,
-    inventory: Option<Vec<FoundReplica>>,
+    inventory: Option<Inventory>,
     lamport_slip_ms: i64,
 }
 
 fn look(node: &NodeContext) -> Found {
-    let inventory = supervisor::inventory(node)
+    let inventory = inventory::take(node)
         .map_err(|error| warn!(%error, "the inventory is not complete"))
         .ok();
     Found {

@@ -184,7 +184,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<()> {
         name: arguments.name.clone(),
         replica: ReplicaId(arguments.replica),
         frontend: arguments.frontend,
-        durability: durability(arguments.every_write),
+        tuning: tuning(arguments.overlay_bytes, durability(arguments.every_write)),
         logical_block_bytes: arguments.logical_block_bytes,
     };
     let device = replica.attach(params).await?;

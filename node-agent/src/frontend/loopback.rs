@@ -142,8 +142,15 @@ impl BlockFrontend for LoopFrontend {
     }
 
     fn leftover(&self, replica: ReplicaId) -> Result<Option<Device>, FrontendError> {
-        let held = self.check_keeper()?.held;
-        let identity = held
+        let hello = self.check_keeper()?;
+        let served_here = self.open_devices().devices.contains_key(&replica);
+        if hello.unheld.contains(&replica) && !served_here {
+            let reason =
+                "was restarted, and the agent that served this device, and still runs, has not given it back yet";
+            return Err(KeeperError::Failed(reason.to_owned()).into());
+        }
+        let identity = hello
+            .held
             .iter()
             .find(|(held, _)| *held == replica)
             .and_then(|(_, device)| *device);

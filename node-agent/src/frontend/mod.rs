@@ -332,6 +332,16 @@ impl Frontends {
         }
     }
 
+    /// Only this one.
+    #[cfg(test)]
+    pub(crate) fn only(frontend: Box<dyn BlockFrontend>, link_dir: PathBuf) -> Self {
+        Self {
+            link_dir,
+            available: vec![frontend],
+            trouble: Mutex::new(None),
+        }
+    }
+
     /// Repairs what keeps devices alive across restarts of the agent, and remembers what could not be repaired.
     pub(crate) fn maintain(&self) {
         let failed = self.available.iter().find_map(|frontend| frontend.maintain().err());

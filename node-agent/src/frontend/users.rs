@@ -41,6 +41,11 @@ pub enum DeviceUser {
         /// Its type.
         file_system: String,
     },
+    /// Whether anybody does could not be found out; counts as somebody.
+    Unknown {
+        /// Why not.
+        reason: String,
+    },
 }
 
 impl fmt::Display for DeviceUser {
@@ -53,6 +58,7 @@ impl fmt::Display for DeviceUser {
             Self::HiddenMount { file_system } => {
                 write!(f, "mounted as {file_system} in a mount namespace without a process")
             }
+            Self::Unknown { reason } => write!(f, "not known yet: {reason}"),
         }
     }
 }

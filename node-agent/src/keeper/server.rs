@@ -258,16 +258,13 @@ impl Keeper {
             .iter()
             .map(|(replica, volume)| (*replica, volume.device()))
             .collect();
-        let recorded: Vec<ReplicaId> = self
-            .state()
-            .state
-            .devices
-            .iter()
-            .map(|recorded| recorded.replica)
-            .collect();
+        let recorded = self.state().state.devices.clone();
+        // Whose agent has ended meanwhile gives I/O errors: nobody can deposit it any more.
+        let lives = |holder: Option<(u32, u64)>| holder.is_some_and(|(pid, ticks)| start_time(pid) == Some(ticks));
         let unheld = recorded
             .into_iter()
-            .filter(|replica| !volumes.contains_key(replica))
+            .filter(|recorded| !volumes.contains_key(&recorded.replica) && lives(recorded.holder))
+            .map(|recorded| recorded.replica)
             .collect();
         Hello {
             instance: self.instance,

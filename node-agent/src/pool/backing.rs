@@ -97,6 +97,30 @@ pub enum BackingError {
         /// What it holds.
         found: &'static str,
     },
+    /// It holds the data of another replica.
+    #[error(
+        "{path} is recorded in {directory} as the data disk of another replica (of resource {resource}): not touched, also with \
+         `overwrite: true`. Choose another device; or, once nothing on it is needed, move that directory out of the store"
+    )]
+    Recorded {
+        /// The device.
+        path: PathBuf,
+        /// Name of the resource whose data it holds.
+        resource: String,
+        /// Where that is recorded.
+        directory: PathBuf,
+    },
+    /// Whose data it holds cannot be told.
+    #[error(
+        "{path} is not given to a new replica while directories in the store cannot be read, since it may be theirs: {unreadable}. \
+         Mount or restore them, or move them out of the store"
+    )]
+    RecordsUnreadable {
+        /// The device.
+        path: PathBuf,
+        /// The directories, with reasons.
+        unreadable: String,
+    },
     /// Recorded data is not there.
     #[error(
         "the data of this replica is missing: {path} ({reason}). It is not created again: bring the disk or pool \

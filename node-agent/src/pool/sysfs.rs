@@ -59,6 +59,19 @@ impl DevNo {
             .ok()
     }
 
+    /// The disk of which this is a partition; `None` when it is none.
+    #[must_use]
+    pub fn whole_disk(self) -> Option<DevNo> {
+        self.attribute("partition")?;
+        let dir = fs::canonicalize(self.dir()).ok()?;
+        let numbers = fs::read_to_string(dir.parent()?.join("dev")).ok()?;
+        let (major, minor) = numbers.trim().split_once(':')?;
+        Some(DevNo {
+            major: major.parse().ok()?,
+            minor: minor.parse().ok()?,
+        })
+    }
+
     /// Attributes that stay with the medium over reboots and renumbering, best first; empty when the kernel knows none.
     #[must_use]
     pub fn medium_identity(self) -> Vec<(String, String)> {

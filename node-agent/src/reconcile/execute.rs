@@ -5,13 +5,14 @@
 use super::disk;
 use super::facts::RefusedPromote;
 use super::opening;
-use super::plan::{Plan, Step};
+use super::plan::{Plan, Step, ends_in_own_epoch};
+use super::presence::Presence;
 use super::replica::ReplicaTask;
 use super::report::Problem;
-use super::running::{LeftoverDevice, Running};
+use super::running::Running;
 use super::todo::Todo;
 use crate::pool::backing::{self, Backing};
-use crate::shard::AttachParams;
+use crate::shard::{AttachError, AttachParams};
 use mars_engine::api::{Command, DataState, Refusal, Role};
 use mars_engine::lineage::Cause;
 use mars_engine::types::Designation;
@@ -151,12 +152,12 @@ impl ReplicaTask {
         }
     }
 
-    async fn attach(&self, todo: &Todo, running: &Running) -> Outcome {
+    async fn attach(&self, todo: &Todo, running: &mut Running) -> Outcome {
         let params = AttachParams {
             name: todo.resource.parse().map_err(|error| problem("AttachFailed", &error))?,
             replica: todo.replica,
             frontend: self.node.frontend,
-            durability: todo.tuning.durability,
+            tuning: todo.tuning,
             logical_block_bytes: running.backing.as_ref().map_or(512, Backing::logical_block_bytes),
         };
         match tokio::time::timeout(ATTACH_LIMIT, running.handle.attach(params)).await {
@@ -164,7 +165,13 @@ impl ReplicaTask {
                 info!(replica = todo.name, device = %device.node.display(), link = %device.link.display(), "device is ready");
                 Ok(())
             }
-            Ok(Err(error)) => Err(problem("AttachFailed", &error)),
+            Ok(Err(error)) => {
+                if let AttachError::Tuning(_) = &error {
+                    // To be said again.
+                    running.tuning = None;
+                }
+                Err(problem("AttachFailed", &error))
+            }
             Err(_) => {
                 let message = format!(
                     "the device was not made within {} s: look at the log of the device keeper",
@@ -202,6 +209,17 @@ impl ReplicaTask {
                 "the data here is not consistent ({:?}): fail over to another member",
                 status.data
             ));
+        }
+        running.look(&self.node.runtime, Duration::ZERO).await;
+        let device = running.device.presence();
+        if let Presence::Unknown { reason } = &device {
+            return Err(format!(
+                "whether a device of an earlier stay as primary is in use here cannot be told ({reason}): look at the device keeper, \
+                 then ask again"
+            ));
+        }
+        if device.is_left_behind() && !ends_in_own_epoch(order.todo.replica, &status) {
+            discard(&order.todo, running).await.map_err(|failed| failed.message)?;
         }
         let highest = running.highest_designation(&order.todo);
         let designation = Designation {
@@ -270,18 +288,17 @@ pub(super) fn remember(running: &mut Running, change: impl FnOnce(&mut super::fa
 }
 
 async fn discard(todo: &Todo, running: &mut Running) -> Outcome {
-    let LeftoverDevice::Found(device) = &running.leftover else {
+    let Some(device) = running.device.left_behind().cloned() else {
         return Ok(());
     };
-    let device = device.clone();
     warn!(
         replica = todo.name,
         device = %device.node.display(),
-        "this replica is not primary any more: the device of an earlier stay is given up, its users get I/O errors"
+        "the device of an earlier stay as primary is given up, its users get I/O errors"
     );
-    let given_up = running.handle.discard(device.clone()).await;
+    let given_up = running.handle.discard(device).await;
     given_up.map_err(|error| problem("DiscardFailed", &error))?;
-    running.leftover = LeftoverDevice::GivenUp(device);
+    running.device.gave_up();
     Ok(())
 }
 

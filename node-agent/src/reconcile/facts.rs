@@ -1,5 +1,6 @@
 //! What is known about one replica at one moment; the other input of [`plan`](super::plan::plan).
 
+use super::presence::Presence;
 use crate::pool::witness::Witness;
 use mars_engine::api::{ReplicaStatus, Role, Tuning};
 use mars_engine::types::{Designation, Lamport, ReplicaId};
@@ -71,18 +72,6 @@ pub struct Detached {
     pub witness: Option<Witness>,
 }
 
-/// A device that a former life of the agent left, and that nobody serves now.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Leftover {
-    /// None, as far as is known.
-    #[default]
-    None,
-    /// There is one; its users, if any, wait.
-    Waiting,
-    /// It was given up; its users, if any, get I/O errors until they let go of it.
-    GivenUp,
-}
-
 /// Everything the plan looks at.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -94,14 +83,10 @@ pub struct Facts {
     pub disk_bytes: u64,
     /// Data is being copied to the data disk.
     pub copying: bool,
-    /// Whether there is a device.
-    pub has_device: bool,
+    /// The block device, and who uses it.
+    pub device: Presence,
     /// The device shows an older, smaller size until it is made anew: this kernel cannot grow an open one.
     pub resize_pending: bool,
-    /// See [`Leftover`]; never together with a device.
-    pub leftover: Leftover,
-    /// Who uses the device, or the one that is left, in words.
-    pub device_users: Vec<String>,
     /// Other members.
     pub peers: Vec<PeerFacts>,
     /// See [`Evidence`].

@@ -4,12 +4,13 @@
 
 use super::context::NodeContext;
 use super::facts::Done;
+use super::inventory;
 use super::report::Problem;
 use super::superblock::{Belongs, ReplicaDir, Stage, SuperblockError};
 use super::todo::Todo;
 use crate::layout::{self, LayoutError, io_error};
 use crate::pool::PoolError;
-use crate::pool::backing::{self, Backing, BackingError, FreshRequest};
+use crate::pool::backing::{self, Backing, BackingError, BackingWish, FreshRequest};
 use crate::pool::in_use::MarsDevices;
 use crate::shard::engine::now;
 use mars_engine::owner::{OpenError, OpenParams, Owner};
@@ -78,6 +79,9 @@ impl OpeningError {
             OpeningError::Dir(SuperblockError::Layout(LayoutError::Locked { .. })) => "Locked",
             OpeningError::Backing(BackingError::InUse { .. }) => "DiskInUse",
             OpeningError::Backing(BackingError::ForeignSignature { .. }) => "ForeignSignature",
+            OpeningError::Backing(BackingError::Recorded { .. } | BackingError::RecordsUnreadable { .. }) => {
+                "DiskOfAnother"
+            }
             OpeningError::Backing(BackingError::TooSmall { .. }) => "DiskTooSmall",
             OpeningError::Buried(_) => "Deleted",
             _ => "Refused",
@@ -156,6 +160,9 @@ fn claim_fresh(
     dir: &mut ReplicaDir,
     mars: &MarsDevices,
 ) -> Result<Backing, OpeningError> {
+    if let BackingWish::Device(path) = &todo.backing {
+        inventory::refuse_recorded(&node.layout.replicas_dir(), todo.replica, path)?;
+    }
     let request = FreshRequest {
         wish: &todo.backing,
         replica: todo.replica,

@@ -79,6 +79,8 @@ impl FollowOrder {
 pub struct PeerView {
     /// What the engine's decisions look at.
     pub member: Member,
+    /// The engine has drawn its conclusions from what the member has durably.
+    pub taken: bool,
     /// When it last answered in this life of the agent.
     pub last_contact: Option<SystemTime>,
 }
@@ -153,13 +155,13 @@ pub fn peer_facts(todo: &Todo, now: &PeersNow) -> Vec<PeerFacts> {
     now.peers.iter().map(facts).collect()
 }
 
-/// Which members have not said anything yet.
+/// Which members have not said anything yet. One whose words the engine has not weighed yet has not: it may prove that log is lost.
 #[must_use]
 pub fn evidence(todo: &Todo, now: &PeersNow, from_api: bool, asked_long_enough: bool) -> Evidence {
     let answered = |replica: ReplicaId| {
         now.peers
             .iter()
-            .any(|view| view.member.replica == replica && view.member.status.is_some())
+            .any(|view| view.member.replica == replica && view.member.status.is_some() && view.taken)
     };
     let silent = todo.peers.iter().filter(|peer| !answered(peer.replica));
     Evidence {

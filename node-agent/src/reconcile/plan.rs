@@ -5,13 +5,18 @@
 //! concluded from something that is absent (P12).
 
 mod held;
+mod promotion;
 
-use super::facts::{Evidence, Facts, Leftover};
-use super::todo::{Grant, GrantCause, Todo};
-use held::{effective_switches, hold_or_let_go, left_over};
-use mars_engine::api::{DataState, Fault, ReplicaStatus, Resumable, Role, Switches, Tuning};
+pub use promotion::{ends_in_own_epoch, is_blank};
+
+use super::facts::{Evidence, Facts};
+use super::presence::Presence;
+use super::todo::{Grant, Todo};
+use held::{effective_switches, hold_or_let_go, invalidate, left_over};
+use mars_engine::api::{Resumable, Role, Switches, Tuning};
 use mars_engine::lineage::Cause;
-use mars_engine::types::{Designation, Position, ReplicaId};
+use mars_engine::types::{Designation, ReplicaId};
+use promotion::{engine_cause, granted};
 use uuid::Uuid;
 
 /// One thing to do now.
@@ -105,13 +110,12 @@ impl Plan {
 pub fn plan(todo: &Todo, facts: &Facts) -> Plan {
     let mut plan = Plan::default();
     if todo.deletion.is_some() {
-        if !facts.device_users.is_empty() {
-            let users = facts.device_users.join("; ");
+        if let Some(users) = facts.device.in_use() {
             plan.wait(
                 "DeviceInUse",
                 format!("the replica is being deleted, but its device is in use: {users}. Stop them"),
             );
-            if facts.leftover == Leftover::Waiting {
+            if let Presence::LeftBehind { .. } = facts.device {
                 // They wait for somebody who serves them; only then can they stop.
                 match (facts.status.role, facts.status.resumable) {
                     (Role::Primary, _) => plan.steps.push(Step::Attach),
@@ -261,44 +265,57 @@ fn leave_primary(facts: &Facts, leave: Leave, plan: &mut Plan) {
         Leave::Close { designation, to } => (designation, Step::Close { designation, to }),
         Leave::StepDown { designation } => (designation, Step::StepDown(designation)),
     };
-    if !facts.device_users.is_empty() {
-        let message = format!(
-            "the device is in use: {}. Stop its users and the role goes on its way",
-            facts.device_users.join("; ")
-        );
+    if let Presence::LeftBehind { .. } = facts.device {
+        // Whoever uses it waits to be served, and goes on until the role is really given up. Unused, it is removed in order:
+        // what the kernel still wants to write arrives before the end of the history.
+        plan.steps.push(Step::Attach);
+    }
+    if let Some(users) = facts.device.in_use() {
         let refused_close = matches!(leave, Leave::Close { .. }).then_some(designation);
         plan.waiting.push(Waiting {
             reason: "DeviceInUse",
-            message,
+            message: format!("the device is in use: {users}. Stop its users and the role goes on its way"),
             refused_close,
         });
         return;
     }
-    if facts.has_device {
-        plan.steps.push(Step::Detach);
+    match facts.device {
+        Presence::LeftBehind { .. } => return,
+        Presence::Served { .. } => plan.steps.push(Step::Detach),
+        Presence::Absent | Presence::GivenUp { .. } | Presence::Unknown { .. } => {}
     }
     plan.steps.push(step);
 }
 
 fn attach_or_detach(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    // Users of a device that was left are served until they stop, whatever is wished.
-    let attach = todo.attach || facts.leftover == Leftover::Waiting;
-    match (attach, facts.has_device) {
-        (true, false) => plan.steps.push(Step::Attach),
+    match (&facts.device, todo.attach) {
+        // Users of a device that was left are served until they stop, whatever is wished. One that is not known of is found
+        // while a device is made, or none is made.
+        (Presence::LeftBehind { .. }, _)
+        | (Presence::Absent | Presence::GivenUp { .. } | Presence::Unknown { .. }, true) => {
+            plan.steps.push(Step::Attach);
+        }
+        (Presence::Served { .. }, false) => match facts.device.in_use() {
+            None => plan.steps.push(Step::Detach),
+            Some(users) => plan.wait(
+                "DeviceInUse",
+                format!("attach is off, but the device is in use: {users}. It stays until they stop"),
+            ),
+        },
         // Its next user opens a device of the right size: it is made anew while nobody has it open.
-        (true, true) if facts.resize_pending && facts.device_users.is_empty() => {
+        (Presence::Served { .. }, true) if facts.resize_pending && facts.device.in_use().is_none() => {
             plan.steps.extend([Step::Detach, Step::Attach]);
         }
-        (false, true) if facts.device_users.is_empty() => plan.steps.push(Step::Detach),
-        (false, true) => plan.wait(
-            "DeviceInUse",
-            format!(
-                "attach is off, but the device is in use: {}. It stays until they stop",
-                facts.device_users.join("; ")
-            ),
-        ),
-        _ => {}
+        (Presence::Unknown { reason }, false) => plan.wait("DeviceUnknown", device_unknown(reason)),
+        (Presence::Served { .. }, true) | (Presence::Absent | Presence::GivenUp { .. }, false) => {}
     }
+}
+
+fn device_unknown(reason: &str) -> String {
+    format!(
+        "whether a device of an earlier stay as primary is in use here cannot be told ({reason}); until then it counts as in \
+         use. Look at the device keeper of this node"
+    )
 }
 
 fn one_shot(order: Option<Uuid>, done: Option<Uuid>, step: impl Fn(Uuid) -> Step, plan: &mut Plan) {
@@ -308,18 +325,14 @@ fn one_shot(order: Option<Uuid>, done: Option<Uuid>, step: impl Fn(Uuid) -> Step
 }
 
 fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    if facts.has_device {
+    if facts.device.is_served() {
         // Left over from a stay as primary that has ended.
-        if facts.device_users.is_empty() {
-            plan.steps.push(Step::Detach);
-        } else {
-            plan.wait(
+        match facts.device.in_use() {
+            None => plan.steps.push(Step::Detach),
+            Some(users) => plan.wait(
                 "DeviceStranded",
-                format!(
-                    "this replica is not primary any more, but its device is still in use: {}. Stop them",
-                    facts.device_users.join("; ")
-                ),
-            );
+                format!("this replica is not primary any more, but its device is still in use: {users}. Stop them"),
+            ),
         }
     }
     if let Some(resumable) = facts.status.resumable {
@@ -327,14 +340,14 @@ fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     }
     left_over(todo, facts, plan);
     match todo.grant {
-        Grant::Primary { designation, cause } => granted(designation, cause, facts, plan),
+        Grant::Primary { designation, cause } => granted(todo, designation, cause, facts, plan),
         Grant::Secondary { designation, .. } => {
             if let Some(designation) = designation.filter(|designation| newer(*designation, facts.status.designation)) {
                 plan.steps.push(Step::Observe(designation));
             }
         }
     }
-    one_shot(todo.one_shots.invalidate, facts.done.invalidate, Step::Invalidate, plan);
+    invalidate(todo, facts, plan);
     if todo
         .one_shots
         .fake_sync
@@ -388,161 +401,22 @@ impl Evidence {
                 self.unanswered.join(", ")
             ));
         }
-        if self.from_api || self.unanswered.is_empty() {
+        if self.unanswered.is_empty() || (self.from_api && self.asked_long_enough) {
             return Ok(());
+        }
+        if self.from_api {
+            // What stood only in memory is gone: who has a later end of the log must have had the time to say so, before a new
+            // epoch begins at ours.
+            return Err(format!(
+                "the node was rebooted: asking the other members whether they have more of the log ({})",
+                self.unanswered.join(", ")
+            ));
         }
         Err(format!(
             "the node was rebooted: the primary role is resumed once the API server or all members say that no newer \
              designation exists; silent: the API server, {}. If the others are lost: `mars-node-agent failover <resource> --acknowledge <resource uuid>`",
             self.unanswered.join(", ")
         ))
-    }
-}
-
-fn granted(designation: Designation, cause: GrantCause, facts: &Facts, plan: &mut Plan) {
-    let status = &*facts.status;
-    if newer(status.designation, designation) {
-        return plan.wait(
-            "StaleGrant",
-            format!(
-                "designation {} is not newer than {}, which is persisted here: the operator has to issue a newer one",
-                designation.number, status.designation.number
-            ),
-        );
-    }
-    if let Some(peer) = facts
-        .peers
-        .iter()
-        .find(|peer| peer.designation.is_some_and(|theirs| newer(theirs, designation)))
-    {
-        return plan.wait(
-            "NewerElsewhere",
-            format!(
-                "{} knows a newer designation: not becoming primary under {}",
-                peer.node, designation.number
-            ),
-        );
-    }
-    if facts.done.detached.is_some() {
-        return plan.wait(
-            "Detached",
-            format!(
-                "the role is granted under designation {}, but the data disk is detached (attach is off): unmount it, then \
-                 switch attach on in spec.replicas; or designate another member",
-                designation.number
-            ),
-        );
-    }
-    if facts
-        .done
-        .refused_promote
-        .as_ref()
-        .is_some_and(|refused| refused.designation == designation)
-    {
-        return plan.wait(
-            "PromoteRefused",
-            "refused for good under this designation: see status.refused",
-        );
-    }
-    if !facts.evidence.from_api && !facts.evidence.unanswered.is_empty() {
-        return plan.wait(
-            "GrantFromCache",
-            format!(
-                "the grant is from before the restart: waiting for the API server, or an answer of {}",
-                facts.evidence.unanswered.join(", ")
-            ),
-        );
-    }
-    if facts.done.primary_under == Some(designation) {
-        // Carried out before, and given up since: by a newer designation, or because the saved state was damaged.
-        return plan.wait(
-            "RoleLost",
-            format!(
-                "this replica was primary under {} and may not simply go on: the operator has to issue a newer designation",
-                designation.number
-            ),
-        );
-    }
-    let promote = Step::Promote {
-        designation,
-        cause: engine_cause(cause),
-    };
-    match cause {
-        GrantCause::Create if is_blank(status) => plan.steps.push(promote),
-        GrantCause::Create => plan.wait(
-            "CreateOnData",
-            "cause Create is for a replica without data, and this one has some: it has to be designated by a failover",
-        ),
-        GrantCause::Handover { end: Some(end) } => handover(designation, end, facts, promote, plan),
-        GrantCause::Handover { end: None } => match status.released.and_then(|released| released.to) {
-            Some(to) => plan.wait(
-                "ClosedFor",
-                format!("this replica has closed for {to}: only its refusal or a failover leads back"),
-            ),
-            None => when_consistent(status, promote, plan),
-        },
-        GrantCause::Failover => when_consistent(status, promote, plan),
-    }
-}
-
-fn when_consistent(status: &ReplicaStatus, promote: Step, plan: &mut Plan) {
-    match status.data {
-        DataState::Consistent => plan.steps.push(promote),
-        _ => plan.wait(
-            "NotConsistent",
-            "the data is not consistent: it can be promoted when the sync is complete; designate another member or wait",
-        ),
-    }
-}
-
-/// Promotes exactly at the end that the predecessor released; refuses for good when that can never be reached.
-fn handover(designation: Designation, end: Position, facts: &Facts, promote: Step, plan: &mut Plan) {
-    let status = &*facts.status;
-    if let Some(broken) = status.faults.iter().find(|fault| disqualifies(fault)) {
-        let reason = format!("this replica cannot be primary: {broken:?}");
-        return plan.steps.push(Step::RefusePromote { designation, reason });
-    }
-    if status.durable == end {
-        when_consistent(status, promote, plan);
-    } else if status.durable.lsn >= end.lsn && status.data == DataState::Consistent {
-        let reason = format!(
-            "the history here ({}) is not the one that was released ({end})",
-            status.durable
-        );
-        plan.steps.push(Step::RefusePromote { designation, reason });
-    } else {
-        plan.wait(
-            "CatchingUp",
-            format!(
-                "{} bytes of log are missing up to the released end",
-                end.lsn.bytes_since(status.durable.lsn)
-            ),
-        );
-    }
-}
-
-/// Faults with which a replica must not take over.
-fn disqualifies(fault: &Fault) -> bool {
-    match fault {
-        Fault::LogStoreFailed { .. }
-        | Fault::DataDiskFailed { .. }
-        | Fault::StateFailed { .. }
-        | Fault::LogDefect { .. } => true,
-        Fault::DiskTooSmall { .. } | Fault::Fork { .. } | Fault::Orphan { .. } => false,
-    }
-}
-
-/// Never held data: no history, no sync.
-#[must_use]
-pub fn is_blank(status: &ReplicaStatus) -> bool {
-    status.data == DataState::Syncing && status.lineage.0.is_empty() && status.sync.is_none()
-}
-
-fn engine_cause(cause: GrantCause) -> Cause {
-    match cause {
-        GrantCause::Create => Cause::Create,
-        GrantCause::Handover { .. } => Cause::Handover,
-        GrantCause::Failover => Cause::Failover,
     }
 }
 

@@ -3,10 +3,12 @@
 use super::super::facts::{Done, PeerFacts, RefusedPromote};
 use super::super::todo::{Designated, Limits, OneShots, PeerTodo};
 use super::*;
+use crate::frontend::DeviceUser;
 use crate::pool::backing::BackingWish;
-use mars_engine::api::{Compression, Durability, Released, Resumable};
+use crate::reconcile::todo::GrantCause;
+use mars_engine::api::{Compression, DataState, Durability, Released, ReplicaStatus, Resumable};
 use mars_engine::lineage::{EpochEntry, Lineage};
-use mars_engine::types::{Chain, EpochId, Lamport, Lsn, ResourceId};
+use mars_engine::types::{Chain, EpochId, Lamport, Lsn, Position, ResourceId};
 use std::sync::Arc;
 
 fn designation(number: u64) -> Designation {
@@ -118,14 +120,15 @@ fn peer(number: u64, role: Role) -> PeerFacts {
 
 fn facts(status: ReplicaStatus) -> Facts {
     Facts {
-        has_device: status.role == Role::Primary,
+        device: match status.role {
+            Role::Primary => Presence::Served { users: Vec::new() },
+            _ => Presence::Absent,
+        },
         resize_pending: false,
         status: Arc::new(status),
         tuning: Some(tuning()),
         disk_bytes: 1 << 20,
         copying: false,
-        leftover: Leftover::None,
-        device_users: Vec::new(),
         peers: Vec::new(),
         evidence: Evidence {
             from_api: true,
@@ -133,6 +136,20 @@ fn facts(status: ReplicaStatus) -> Facts {
             asked_long_enough: false,
         },
         done: Done::default(),
+    }
+}
+
+fn users() -> Vec<DeviceUser> {
+    vec![DeviceUser::Mount {
+        at: "/srv".into(),
+        pid: 7,
+        command: "postgres".into(),
+    }]
+}
+
+fn unknown() -> Presence {
+    Presence::Unknown {
+        reason: "the keeper is silent".into(),
     }
 }
 
@@ -259,6 +276,14 @@ fn a50_a_handover_promotes_exactly_at_the_released_end() {
     // Without an end the handover was given up, and this replica may have the role back.
     let given_up = plan(&todo(primary_grant(4, GrantCause::Handover { end: None })), &facts);
     assert_eq!(given_up.steps, there.steps);
+    // Unless somebody else has begun an epoch meanwhile: then it went on without this replica.
+    let mut passed = status(Role::Secondary, 3);
+    passed.lineage.0[0].origin = replica(11);
+    let passed = plan(
+        &todo(primary_grant(4, GrantCause::Handover { end: None })),
+        &self::facts(passed),
+    );
+    assert_eq!((passed.steps.len(), reasons(&passed)), (0, vec!["NotOwnEpoch"]));
     let mut closed = status(Role::Secondary, 3);
     closed.released = Some(Released {
         designation: designation(3),
@@ -290,12 +315,12 @@ fn a50_a_refusal_holds_for_its_designation_and_not_for_a_newer_one() {
 #[test]
 fn a55_a_device_in_use_is_never_taken_away() {
     let mut facts = facts(status(Role::Primary, 3));
-    facts.device_users = vec!["/mnt/data (ext4)".into()];
+    facts.device = Presence::Served { users: users() };
     for (grant, refused) in [(close_for_peer(4), Some(designation(4))), (follow(4), None)] {
         let plan = plan(&todo(grant), &facts);
         assert_eq!(plan.steps, []);
         assert_eq!(plan.waiting[0].refused_close, refused);
-        assert!(plan.waiting[0].message.contains("/mnt/data (ext4)"), "{plan:?}");
+        assert!(plan.waiting[0].message.contains("/srv"), "{plan:?}");
     }
     let mut detach = todo(primary_grant(3, GrantCause::Create));
     detach.attach = false;
@@ -309,7 +334,7 @@ fn a37_a_device_that_cannot_grow_while_open_is_made_anew_once_nobody_uses_it() {
     facts.resize_pending = true;
     let order = todo(primary_grant(3, GrantCause::Create));
     assert_eq!(plan(&order, &facts).steps, [Step::Detach, Step::Attach]);
-    facts.device_users = vec!["/mnt".into()];
+    facts.device = Presence::Served { users: users() };
     assert_eq!(plan(&order, &facts), Plan::default(), "its users go on");
 }
 
@@ -363,10 +388,9 @@ fn a58_a_spec_without_designation_demotes_nobody() {
     };
     let running = plan(&todo(grant), &facts(status(Role::Primary, 3)));
     assert_eq!((running.steps.len(), reasons(&running)), (0, vec!["NotDesignated"]));
-    assert_eq!(
-        plan(&todo(grant), &facts(resumable(false))).steps,
-        [Step::Resume(designation(3))]
-    );
+    let mut rebooted = facts(resumable(false));
+    rebooted.evidence.asked_long_enough = true;
+    assert_eq!(plan(&todo(grant), &rebooted).steps, [Step::Resume(designation(3))]);
 }
 
 #[test]
@@ -415,6 +439,26 @@ fn a56_after_a_reboot_the_role_is_resumed_only_with_evidence() {
     facts.evidence.from_api = true;
     assert_eq!(plan(&todo(grant), &facts).steps, [Step::Resume(designation(3))]);
     assert_eq!(plan(&todo(follow(4)), &facts).steps, [Step::Observe(designation(4))]);
+}
+
+#[test]
+fn a15_after_a_reboot_members_are_asked_for_lost_log_although_the_api_server_names_nobody_else() {
+    let grant = primary_grant(3, GrantCause::Create);
+    let mut facts = facts(resumable(false));
+    facts.evidence = Evidence {
+        from_api: true,
+        unanswered: vec!["b".into()],
+        asked_long_enough: false,
+    };
+    let asking = plan(&todo(grant), &facts);
+    assert_eq!((asking.steps.len(), reasons(&asking)), (0, vec!["ResumeWaits"]));
+    assert!(asking.waiting[0].message.contains('b'), "{asking:?}");
+    let mut answered = facts.clone();
+    answered.evidence.unanswered.clear();
+    assert_eq!(plan(&todo(grant), &answered).steps, [Step::Resume(designation(3))]);
+    // One that stays silent does not hold the application up for longer than that.
+    facts.evidence.asked_long_enough = true;
+    assert_eq!(plan(&todo(grant), &facts).steps, [Step::Resume(designation(3))]);
 }
 
 #[test]
@@ -509,9 +553,9 @@ fn a37_growing_goes_from_the_disk_to_the_device() {
 #[test]
 fn a56_a_device_left_over_from_the_time_as_primary_goes_once_nobody_uses_it() {
     let mut facts = facts(status(Role::Secondary, 4));
-    facts.has_device = true;
+    facts.device = Presence::Served { users: Vec::new() };
     assert_eq!(plan(&todo(follow(4)), &facts).steps, [Step::Detach]);
-    facts.device_users = vec!["/mnt".into()];
+    facts.device = Presence::Served { users: users() };
     let stranded = plan(&todo(follow(4)), &facts);
     assert_eq!((stranded.steps.len(), reasons(&stranded)), (0, vec!["DeviceStranded"]));
 }
@@ -543,9 +587,12 @@ fn a62_a_replica_that_is_being_deleted_gets_no_more_orders() {
     todo.deletion = Some(crate::reconcile::todo::DataPolicy::Delete);
     let mut facts = facts(status(Role::Secondary, 3));
     assert_eq!(plan(&todo, &facts), Plan::default());
-    facts.device_users = vec!["/mnt".into()];
+    facts.device = Presence::Served { users: users() };
     assert_eq!(reasons(&plan(&todo, &facts)), ["DeviceInUse"]);
 }
+
+#[path = "plan/device_tests.rs"]
+mod device_tests;
 
 #[path = "plan/held_tests.rs"]
 mod held_tests;

@@ -1,6 +1,6 @@
 //! The end of a replica, ordered by the deletion of its `MarsReplica`.
 //!
-//! Invariants: data goes only here, and only with `dataPolicy: Delete`; the tombstone is durable before the finalizer is
+//! Invariants: data goes only here, only with `dataPolicy: Delete`, and only when it is proven that nobody uses the device; the tombstone is durable before the finalizer is
 //! removed, so that neither a crash nor a late object brings anything back. Every step may be repeated.
 
 use super::cache::Tombstone;
@@ -11,11 +11,14 @@ use super::superblock::{Belongs, ReplicaDir, SuperblockError};
 use super::todo::{DataPolicy, Todo};
 use crate::layout::LayoutError;
 use crate::pool::backing::{self, BackingError};
+use std::time::Duration;
 use tracing::{info, warn};
 
 /// Why the data is still there.
 #[derive(Debug, thiserror::Error)]
 enum RemovalError {
+    #[error("its device is in use: {0}")]
+    InUse(String),
     #[error(transparent)]
     Dir(#[from] SuperblockError),
     #[error(transparent)]
@@ -34,9 +37,15 @@ impl ReplicaTask {
                 // An object under deletion never comes back to life; a new one has a new uuid.
                 return;
             };
+            // Whoever ended the replica has made sure of it; this is the last moment at which it can be noticed.
+            self.device.look(&self.node.runtime, None, Duration::ZERO).await;
+            let in_use = self.device.presence().in_use();
             let (node, todo) = (self.node.clone(), order.todo.clone());
-            let removed = tokio::task::spawn_blocking(move || remove_data(&node, &todo, policy)).await;
-            let problem = match removed {
+            let removal = move || match in_use {
+                Some(users) => Err(RemovalError::InUse(users)),
+                None => remove_data(&node, &todo, policy),
+            };
+            let problem = match tokio::task::spawn_blocking(removal).await {
                 Ok(Ok(())) => match self.node.sink.remove_finalizer(&order.todo.name).await {
                     Ok(()) => {
                         info!(replica = order.todo.name, ?policy, "removed");

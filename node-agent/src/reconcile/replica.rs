@@ -4,13 +4,14 @@
 //! API server or a peer does; it ends only when the agent stops or when its deletion has been carried out.
 
 use super::context::{LocalReplica, NodeContext, Rates, ReplicaView};
-use super::facts::{Facts, Leftover};
+use super::facts::Facts;
 use super::lag::LagMeter;
 use super::opening::{self, Opened};
 use super::peers::{self, FollowOrder};
 use super::plan::{Plan, plan};
+use super::presence::{DeviceWatch, Presence};
 use super::report::{Problem, Surroundings, report, report_problem};
-use super::running::{LeftoverDevice, Running};
+use super::running::Running;
 use super::todo::{Grant, Todo};
 use super::writer;
 use crate::shard::OwnerEngine;
@@ -80,7 +81,8 @@ pub(super) struct ReplicaTask {
     pub(super) orders: watch::Receiver<Order>,
     asks: mpsc::Receiver<Ask>,
     pub(super) status: watch::Sender<Arc<MarsReplicaStatus>>,
-    began: Instant,
+    /// The device, while no engine runs.
+    pub(super) device: DeviceWatch,
 }
 
 /// Starts the task of a replica. It ends when the agent stops or the replica is gone; then the channel closes.
@@ -88,14 +90,17 @@ pub fn start(node: Arc<NodeContext>, order: Order, tracker: &tokio_util::task::T
     let (order_to, orders) = watch::channel(order);
     let (ask_to, asks) = mpsc::channel(4);
     let (status, reports) = watch::channel(Arc::new(MarsReplicaStatus::default()));
-    let name = orders.borrow().todo.name.clone();
+    let (name, replica) = {
+        let order = orders.borrow();
+        (order.todo.name.clone(), order.todo.replica)
+    };
     let sink = node.sink.clone();
     let task = ReplicaTask {
         node,
         orders,
         asks,
         status,
-        began: Instant::now(),
+        device: DeviceWatch::new(replica),
     };
     tracker.spawn(async move { task.run().await });
     let reporting = CancellationToken::new();
@@ -140,29 +145,35 @@ impl ReplicaTask {
         }
     }
 
-    /// Tries until the replica is open, or not wanted any more.
+    /// Tries until the replica is open, or not wanted any more and provably not in use.
     async fn bring_up(&mut self) -> Result<Running, Ended> {
         let mut failures = 0;
         loop {
             let order = self.orders.borrow_and_update().clone();
-            if order.todo.deletion.is_some() {
-                return Err(Ended::Delete);
-            }
-            if order.forgotten {
-                return Err(Ended::Quarantine);
-            }
-            let (node, todo) = (self.node.clone(), order.todo.clone());
-            let opened = tokio::task::spawn_blocking(move || opening::open(&node, &todo)).await;
-            let problem = match opened {
-                Ok(Ok(opened)) => match self.start_engine(opened, &order.todo) {
-                    Ok(running) => return Ok(running),
-                    Err(problem) => problem,
+            self.device.look(&self.node.runtime, None, Duration::ZERO).await;
+            let problem = match (order.todo.deletion, order.forgotten) {
+                (None, true) => return Err(Ended::Quarantine),
+                (None, false) => self.try_open(&order).await,
+                (Some(_), _) => match self.device.presence() {
+                    Presence::Absent | Presence::GivenUp { .. } => return Err(Ended::Delete),
+                    Presence::LeftBehind { users } if users.is_empty() => match self.give_up_device(&order).await {
+                        Ok(()) => return Err(Ended::Delete),
+                        Err(problem) => Err(problem),
+                    },
+                    // Its users are served until they stop. A forgotten one is served by nobody.
+                    Presence::LeftBehind { .. } if !order.forgotten => self.try_open(&order).await,
+                    used => Err(Problem {
+                        reason: "DeviceInUse",
+                        message: format!(
+                            "the replica is being deleted, but its device is in use: {}",
+                            used.in_use().unwrap_or_default()
+                        ),
+                    }),
                 },
-                Ok(Err(error)) => error.problem(),
-                Err(panic) => Problem {
-                    reason: "Failed",
-                    message: format!("opening the replica failed: {panic}"),
-                },
+            };
+            let problem = match problem {
+                Ok(running) => return Ok(running),
+                Err(problem) => problem,
             };
             if failures == 0 {
                 warn!(
@@ -180,7 +191,45 @@ impl ReplicaTask {
         }
     }
 
-    fn start_engine(&self, opened: Opened, todo: &Todo) -> Result<Running, Problem> {
+    async fn try_open(&mut self, order: &Order) -> Result<Running, Problem> {
+        let (node, mut todo) = (self.node.clone(), (*order.todo).clone());
+        // Nothing is made for a replica that goes: it is opened only to serve what is there.
+        todo.established |= todo.deletion.is_some();
+        let opened = tokio::task::spawn_blocking(move || opening::open(&node, &todo)).await;
+        match opened {
+            Ok(Ok(opened)) => self.start_engine(opened, &order.todo),
+            Ok(Err(error)) => Err(error.problem()),
+            Err(panic) => Err(Problem {
+                reason: "Failed",
+                message: format!("opening the replica failed: {panic}"),
+            }),
+        }
+    }
+
+    /// Gives up the device that a former life left, while no engine runs.
+    pub(super) async fn give_up_device(&mut self, order: &Order) -> Result<(), Problem> {
+        let Some(device) = self.device.left_behind().cloned() else {
+            return Ok(());
+        };
+        warn!(
+            replica = order.todo.name,
+            device = %device.node.display(),
+            "the device of an earlier stay as primary is given up: nobody serves it again"
+        );
+        let runtime = self.node.runtime.clone();
+        let given_up = tokio::task::spawn_blocking(move || runtime.frontends().discard(&device)).await;
+        let failed = |message: String| Problem {
+            reason: "DiscardFailed",
+            message: format!("the device of an earlier stay as primary cannot be given up: {message}"),
+        };
+        given_up
+            .map_err(|panic| failed(panic.to_string()))?
+            .map_err(|error| failed(error.to_string()))?;
+        self.device.gave_up();
+        Ok(())
+    }
+
+    fn start_engine(&mut self, opened: Opened, todo: &Todo) -> Result<Running, Problem> {
         let Opened {
             dir,
             backing,
@@ -219,10 +268,8 @@ impl ReplicaTask {
             line,
             membership,
             engine,
-            users: Vec::new(),
-            users_seen: None,
-            leftover: LeftoverDevice::Unknown,
-            leftover_asked: None,
+            device: std::mem::replace(&mut self.device, DeviceWatch::new(todo.replica)),
+            joined: Instant::now(),
             lag: LagMeter::default(),
             rates: Default::default(),
             failed: None,
@@ -282,14 +329,15 @@ impl ReplicaTask {
             (None, true) => Ended::Quarantine,
             (None, false) => return None,
         };
-        running.look_for_leftover(&order.todo).await;
-        running.refresh_users(Duration::ZERO).await;
-        let given_up = matches!(running.leftover, LeftoverDevice::GivenUp(_));
-        if !running.users.is_empty() && !given_up {
+        running.look(&self.node.runtime, Duration::ZERO).await;
+        let device = running.device.presence();
+        // In quarantine nothing is lost, and what nobody serves now must not be served by a replica that was given up.
+        let holds = device.is_served() || matches!(ended, Ended::Delete);
+        if holds && device.in_use().is_some() {
             return None;
         }
-        let removed = match &running.leftover {
-            LeftoverDevice::Found(device) => {
+        let removed = match running.device.left_behind() {
+            Some(device) if matches!(ended, Ended::Delete) => {
                 let discarded = running.handle.discard(device.clone()).await;
                 discarded.map_err(|error| error.to_string())
             }
@@ -320,13 +368,15 @@ impl ReplicaTask {
             .as_ref()
             .is_some_and(|device| device.resize_pending);
         running.measure_disk(&todo.name);
-        running.look_for_leftover(todo).await;
         running
-            .refresh_users(if wanted || resize_pending {
-                USERS_WANTED
-            } else {
-                USERS_IDLE
-            })
+            .look(
+                &self.node.runtime,
+                if wanted || resize_pending {
+                    USERS_WANTED
+                } else {
+                    USERS_IDLE
+                },
+            )
             .await;
         let status = running.engine.borrow_and_update().clone();
         let peers = running.line.now.borrow_and_update().clone();
@@ -336,20 +386,14 @@ impl ReplicaTask {
             tuning: running.tuning,
             disk_bytes: running.disk_bytes(),
             copying: peers.sync_source.is_some(),
-            has_device: running.handle.device().borrow().is_some(),
+            device: running.device.presence(),
             resize_pending,
-            leftover: match running.leftover {
-                LeftoverDevice::Unknown | LeftoverDevice::None => Leftover::None,
-                LeftoverDevice::Found(_) => Leftover::Waiting,
-                LeftoverDevice::GivenUp(_) => Leftover::GivenUp,
-            },
-            device_users: running.users.iter().map(ToString::to_string).collect(),
             peers: peers::peer_facts(todo, &peers),
             evidence: peers::evidence(
                 todo,
                 &peers,
                 order.from_api,
-                self.began.elapsed() >= self.node.resume_ask,
+                running.joined.elapsed() >= self.node.resume_ask,
             ),
             done: running.done.clone(),
             status,
@@ -369,7 +413,6 @@ impl ReplicaTask {
             replica: order.todo.replica,
             generation: order.todo.generation,
             device: running.handle.device().borrow().clone(),
-            users: running.users.clone(),
             contacts: peers::contacts(&order.todo, &peers),
             lag: running
                 .lag
@@ -403,14 +446,13 @@ impl ReplicaTask {
             replica: order.todo.replica,
             generation: order.todo.generation,
             device: None,
-            users: Vec::new(),
             contacts: Vec::new(),
             lag: None,
             sync_source: None,
             failed: None,
             invalid_spec: order.invalid.clone(),
         };
-        let report = report_problem(problem, &around, &self.status.borrow());
+        let report = report_problem(problem, &around, &self.device.presence(), &self.status.borrow());
         self.show(order, report, |_| {});
     }
 
@@ -477,20 +519,32 @@ impl ReplicaTask {
 
     /// Waits as a quarantined replica; true when it is wanted again.
     async fn quarantined(&mut self) -> bool {
-        let problem = Problem {
-            reason: "Quarantined",
-            message:
-                "this replica was given up while its node was away: its data is kept, not announced and not used. \
-                      If no other replica has taken its place, remove it from MarsNode.spec.forgotten to take it back; else \
-                      delete its directory by hand once nothing in it is needed"
-                    .into(),
-        };
         loop {
             let order = self.orders.borrow_and_update().clone();
             if !order.forgotten {
                 return true;
             }
-            self.say_problem(&problem, &order);
+            self.device.look(&self.node.runtime, None, Duration::ZERO).await;
+            let device = self.device.presence();
+            if device.is_left_behind()
+                && device.in_use().is_none()
+                && let Err(problem) = self.give_up_device(&order).await
+            {
+                warn!(replica = order.todo.name, "{}", problem.message);
+            }
+            let waits = device.in_use().map_or_else(String::new, |users| {
+                format!(
+                    ". Its device is in use: {users}; nobody serves it, so they wait until the replica is taken back. To give it up, \
+                     end the device keeper of this node"
+                )
+            });
+            let message = format!(
+                "this replica was given up while its node was away: its data is kept, not announced and not used. \
+                 If no other replica has taken its place, remove it from MarsNode.spec.forgotten to take it back; else \
+                 delete its directory by hand once nothing in it is needed{waits}"
+            );
+            let reason = "Quarantined";
+            self.say_problem(&Problem { reason, message }, &order);
             if self.pause(8).await.is_err() {
                 return false;
             }

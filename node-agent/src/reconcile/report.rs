@@ -7,6 +7,7 @@ use super::facts::{Done, Facts};
 use super::lag::LagNow;
 use super::object::{designation_ref, history_position, signed, time_now, time_of};
 use super::plan::{Plan, is_blank};
+use super::presence::Presence;
 use crate::frontend::{Device, DeviceUser, FrontendKind};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mars_crds::conditions::{self, Truth};
@@ -53,8 +54,6 @@ pub struct Surroundings {
     pub generation: i64,
     /// Device, if there is one.
     pub device: Option<Device>,
-    /// Its users.
-    pub users: Vec<DeviceUser>,
     /// Other members.
     pub contacts: Vec<Contact>,
     /// How far behind.
@@ -90,7 +89,7 @@ pub fn report(facts: &Facts, plan: &Plan, around: &Surroundings, previous: &[Con
         released: status.released.map(released),
         refused: refused(plan, &facts.done),
         device: around.device.as_ref().map(device),
-        opened_by: around.users.iter().map(user).collect(),
+        opened_by: users(&facts.device),
         invalidated: facts.done.invalidate,
         fake_synced: facts.done.fake_sync,
         log_rotated: facts.done.rotate,
@@ -102,9 +101,15 @@ pub fn report(facts: &Facts, plan: &Plan, around: &Surroundings, previous: &[Con
     report
 }
 
-/// The status of a replica whose engine does not run, and why. What was known before stays, but it is no primary.
+/// The status of a replica whose engine does not run, and why. What was known before stays, but it is no primary. A device of an
+/// earlier stay as primary, that waits, still has its users.
 #[must_use]
-pub fn report_problem(problem: &Problem, around: &Surroundings, previous: &MarsReplicaStatus) -> MarsReplicaStatus {
+pub fn report_problem(
+    problem: &Problem,
+    around: &Surroundings,
+    waiting: &Presence,
+    previous: &MarsReplicaStatus,
+) -> MarsReplicaStatus {
     let mut report = previous.clone();
     report.observed_generation = Some(around.generation);
     report.boot_id = Some(around.boot_id.to_string());
@@ -113,7 +118,7 @@ pub fn report_problem(problem: &Problem, around: &Surroundings, previous: &MarsR
     problem.reason.clone_into(&mut report.state);
     report.role = None;
     report.device = None;
-    report.opened_by.clear();
+    report.opened_by = users(waiting);
     report.data_state = match problem.reason {
         "DataMissing" | "PoolAbsent" => Some(ReplicaData::Missing),
         "Quarantined" => Some(ReplicaData::Quarantined),
@@ -301,6 +306,10 @@ fn device(device: &Device) -> api::Device {
     }
 }
 
+fn users(device: &Presence) -> Vec<api::User> {
+    device.users().iter().map(user).collect()
+}
+
 fn user(user: &DeviceUser) -> api::User {
     let (kind, name, pid) = match user {
         DeviceUser::Mount { at, .. } => ("mount", at.display().to_string(), None),
@@ -310,6 +319,7 @@ fn user(user: &DeviceUser) -> api::User {
         DeviceUser::HiddenMount { file_system } => {
             ("mount", format!("{file_system}, in a namespace without process"), None)
         }
+        DeviceUser::Unknown { .. } => ("unknown", user.to_string(), None),
     };
     api::User {
         kind: kind.to_owned(),

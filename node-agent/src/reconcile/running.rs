@@ -5,35 +5,18 @@ use super::execute::remember;
 use super::facts::Done;
 use super::lag::{LagMeter, RateMeter};
 use super::peers::{FollowOrder, Line, PeersNow};
+use super::presence::DeviceWatch;
 use super::report::Problem;
 use super::superblock::ReplicaDir;
 use super::todo::Todo;
-use crate::frontend::{Device, DeviceUser, users};
 use crate::pool::backing::Backing;
-use crate::shard::ReplicaHandle;
+use crate::shard::{ReplicaHandle, Runtime};
 use mars_engine::api::{ReplicaStatus, Role, Tuning};
 use mars_engine::store_fs::FsStore;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::warn;
-
-/// How often the frontends are asked for a device that was left, until they answer.
-const LEFTOVER_AGAIN: Duration = Duration::from_secs(2);
-
-/// What is known about a device that a former life of the agent left.
-#[derive(Debug, Default)]
-pub(super) enum LeftoverDevice {
-    /// Not asked yet, or no answer.
-    #[default]
-    Unknown,
-    /// None, or it is served.
-    None,
-    /// There is one.
-    Found(Device),
-    /// There was one, and somebody still uses it.
-    GivenUp(Device),
-}
 
 /// An open replica.
 pub(super) struct Running {
@@ -47,10 +30,9 @@ pub(super) struct Running {
     pub(super) line: Line,
     pub(super) membership: Membership,
     pub(super) engine: watch::Receiver<Arc<ReplicaStatus>>,
-    pub(super) users: Vec<DeviceUser>,
-    pub(super) users_seen: Option<Instant>,
-    pub(super) leftover: LeftoverDevice,
-    pub(super) leftover_asked: Option<Instant>,
+    pub(super) device: DeviceWatch,
+    /// Since when the other members are asked.
+    pub(super) joined: Instant,
     pub(super) lag: LagMeter,
     pub(super) rates: [RateMeter; 3],
     pub(super) failed: Option<Problem>,
@@ -116,57 +98,10 @@ impl Running {
         }
     }
 
-    /// Asks the frontends once whether a former life of the agent left a device; until they have answered, every now and then.
-    pub(super) async fn look_for_leftover(&mut self, todo: &Todo) {
-        if self.handle.device().borrow().is_some() {
-            // Taken over, or made here: nothing else is left.
-            self.leftover = LeftoverDevice::None;
-        }
-        let asked = self.leftover_asked;
-        if !matches!(self.leftover, LeftoverDevice::Unknown) || asked.is_some_and(|at| at.elapsed() < LEFTOVER_AGAIN) {
-            return;
-        }
-        self.leftover_asked = Some(Instant::now());
-        match self.handle.leftover(todo.replica).await {
-            Ok(Some(device)) => self.leftover = LeftoverDevice::Found(device),
-            Ok(None) => self.leftover = LeftoverDevice::None,
-            Err(error) => {
-                warn!(replica = todo.name, %error, "whether a device is left from before is not known yet");
-            }
-        }
-    }
-
-    /// Looks for users of the device, or of the one that is left, when the last look is older than `age`.
-    pub(super) async fn refresh_users(&mut self, age: Duration) {
+    /// Looks for the device, and for its users when the last look is older than `age`.
+    pub(super) async fn look(&mut self, runtime: &Runtime, age: Duration) {
         let served = self.handle.device().borrow().clone();
-        let device = served.or_else(|| match &self.leftover {
-            LeftoverDevice::Found(device) | LeftoverDevice::GivenUp(device) => Some(device.clone()),
-            LeftoverDevice::Unknown | LeftoverDevice::None => None,
-        });
-        let Some(device) = device else {
-            self.users.clear();
-            self.users_seen = None;
-            return;
-        };
-        if self.users_seen.is_some_and(|seen| seen.elapsed() < age) {
-            return;
-        }
-        // A panic while looking leaves the last answer, which errs on the side of "in use".
-        let look = move || {
-            // A number that belongs to somebody else by now has users of its own.
-            if device.is_there() {
-                users::of(&device)
-            } else {
-                Vec::new()
-            }
-        };
-        if let Ok(users) = tokio::task::spawn_blocking(look).await {
-            self.users = users;
-            self.users_seen = Some(Instant::now());
-            if self.users.is_empty() && matches!(self.leftover, LeftoverDevice::GivenUp(_)) {
-                self.leftover = LeftoverDevice::None;
-            }
-        }
+        self.device.look(runtime, served, age).await;
     }
 
     /// Tells replication what to follow.

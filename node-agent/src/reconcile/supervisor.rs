@@ -8,11 +8,10 @@ use super::context::NodeContext;
 use super::object::{InvalidObject, TuningDefaults, to_todo};
 use super::replica::{self, Ask, Order, ReplicaControl};
 use super::source::Update;
-use super::superblock;
-use crate::layout::{LayoutError, io_error};
+use crate::layout::LayoutError;
 use crate::node_status::cached_spec;
 use mars_crds::MarsReplica;
-use mars_crds::node::{Forgotten, FoundReplica};
+use mars_crds::node::Forgotten;
 use mars_engine::types::{Designation, ReplicaId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -322,40 +321,4 @@ fn is_older(new: &MarsReplica, known: &MarsReplica) -> bool {
     same_object
         && (new.generation < known.generation
             || (known.deletion_timestamp.is_some() && new.deletion_timestamp.is_none()))
-}
-
-/// Every replica whose data is in the store, whether an object for it is known or not.
-///
-/// # Errors
-/// The store cannot be listed: then the inventory is not complete.
-pub fn inventory(node: &NodeContext) -> Result<Vec<FoundReplica>, LayoutError> {
-    let dir = node.layout.replicas_dir();
-    let views = node.views.borrow().clone();
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(&dir).map_err(io_error("list", &dir))?.flatten() {
-        let superblock = match superblock::peek(&entry.path()) {
-            Ok(superblock) => superblock,
-            Err(error) => {
-                debug!("{}: {error}", entry.path().display());
-                continue;
-            }
-        };
-        let replica = superblock.belongs.replica;
-        let live = views.get(&replica).map(|view| &view.status);
-        found.push(FoundReplica {
-            replica_uuid: replica.0,
-            resource_uuid: superblock.belongs.resource.0,
-            resource: superblock.resource_name.clone(),
-            size_bytes: Some(
-                live.and_then(|status| status.size_bytes)
-                    .unwrap_or(super::object::signed(superblock.size_bytes)),
-            ),
-            role: live.and_then(|status| status.role),
-            data_state: live.and_then(|status| status.data_state),
-            designation: live.and_then(|status| status.designation),
-            primary_under: live.and_then(|status| status.primary_under),
-        });
-    }
-    found.sort_by_key(|found| found.replica_uuid);
-    Ok(found)
 }

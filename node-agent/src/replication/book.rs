@@ -41,6 +41,8 @@ struct Record {
     last_contact: Option<(Instant, SystemTime)>,
     /// What the owner was told last, and the epoch our log ended in then: the owner ignores positions of epochs unknown to it.
     reported: Option<(Position, EpochId)>,
+    /// The owner has taken a report in this life.
+    taken: bool,
     avoid_until: Option<Instant>,
     avoid_for: Duration,
     problem: Option<String>,
@@ -57,6 +59,8 @@ pub struct PeerView {
     pub last_contact: Option<SystemTime>,
     /// What it last said.
     pub status: Option<PeerStatus>,
+    /// The owner knows what it has durably, and has drawn its conclusions.
+    pub taken: bool,
     /// Why it is not reached, or what it refused last.
     pub problem: Option<String>,
 }
@@ -96,6 +100,14 @@ impl PeerBook {
         let mut peers = self.peers();
         let record = peers.entry(replica).or_default();
         record.reported.replace((durable, own_epoch)) != Some((durable, own_epoch))
+    }
+
+    /// The owner took it.
+    pub(super) fn report_taken(&self, replica: ReplicaId) {
+        let before = std::mem::replace(&mut self.peers().entry(replica).or_default().taken, true);
+        if !before {
+            self.changed();
+        }
     }
 
     /// The owner did not take it.
@@ -161,6 +173,7 @@ impl PeerBook {
             reachable: contact.is_some_and(|(at, _)| at.elapsed() < liveness),
             last_contact: contact.map(|(_, wall)| wall),
             status: record.and_then(|record| record.status.clone()),
+            taken: record.is_some_and(|record| record.taken),
             problem: record.and_then(|record| record.problem.clone()),
         }
     }

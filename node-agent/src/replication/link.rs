@@ -99,16 +99,16 @@ pub(super) async fn report(entry: Arc<Entry>) {
                 continue;
             }
             // A refusal is about our own state; the next heartbeat brings the next attempt.
-            if let Err(refusal) = entry
-                .port
-                .command(Command::PeerReport {
-                    peer: peer.replica,
-                    durable,
-                })
-                .await
-            {
-                tracing::debug!(resource = %entry.resource, peer = %peer.replica, %refusal, "a member's report was not taken");
-                entry.book.forget_report(peer.replica);
+            let report = Command::PeerReport {
+                peer: peer.replica,
+                durable,
+            };
+            match entry.port.command(report).await {
+                Ok(_) => entry.book.report_taken(peer.replica),
+                Err(refusal) => {
+                    tracing::debug!(resource = %entry.resource, peer = %peer.replica, %refusal, "a member's report was not taken");
+                    entry.book.forget_report(peer.replica);
+                }
             }
         }
         if changes.changed().await.is_err() {

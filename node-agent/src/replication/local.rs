@@ -83,6 +83,7 @@ fn peers_now(status: &ReplicationStatus) -> PeersNow {
             avoid: false,
             status: view.status.clone(),
         },
+        taken: view.taken,
         last_contact: view.last_contact,
     };
     let mut waits = words(&status.fetch);

@@ -1,7 +1,8 @@
 //! The handle to one replica: orders, published status, and its block device.
 //!
-//! Invariant: a device exists only while its engine is primary. `attach` refuses before, `Close` is refused while a
-//! device is attached, and `detach` refuses while anybody uses it – naming who.
+//! Invariants: a device exists only while its engine is primary. `attach` refuses before, `Close` is refused while a
+//! device is attached, and `detach` refuses while anybody uses it – naming who. A device says that it needs no flushes only while
+//! the engine completes nothing that is not durable, at each moment, also of a device that a former life has left in another mode.
 
 use super::Runtime;
 use super::host::{Mailbox, Message, Stopped};
@@ -9,7 +10,7 @@ use crate::frontend::{
     CloseError, Device, DeviceName, DeviceUser, FrontendChoice, FrontendError, Frontends, OpenParams, Resized, Seat,
     link, users,
 };
-use mars_engine::api::{Answer, Command, Durability, LogView, Refusal, ReplicaStatus, Reply, Role};
+use mars_engine::api::{Answer, Command, Durability, LogView, Refusal, ReplicaStatus, Reply, Role, Tuning};
 use mars_engine::types::ReplicaId;
 use std::sync::Arc;
 use tokio::sync::{Mutex, watch};
@@ -23,8 +24,8 @@ pub struct AttachParams {
     pub replica: ReplicaId,
     /// Which frontend.
     pub frontend: FrontendChoice,
-    /// Decides whether the device advertises a volatile cache.
-    pub durability: Durability,
+    /// What the engine shall keep to; its durability decides whether the device advertises a volatile cache.
+    pub tuning: Tuning,
     /// Logical block size (bytes): 512 unless the data disk itself has 4,096.
     pub logical_block_bytes: u32,
 }
@@ -41,6 +42,9 @@ pub enum AttachError {
     /// The frontend could not make it.
     #[error(transparent)]
     Frontend(#[from] FrontendError),
+    /// The engine did not take the tuning; before the device was made, or after: then it works, each write waiting to be durable.
+    #[error("the durability of the device could not be set: {0}")]
+    Tuning(Refusal),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] Stopped),
@@ -163,7 +167,7 @@ impl ReplicaHandle {
     /// Makes the block device, or takes over the one a former life of this agent left, and links it.
     ///
     /// # Errors
-    /// See [`AttachError`]; then there is no link, and no device that was not there before.
+    /// See [`AttachError`]; unless it says otherwise there is no link then, and no device that was not there before.
     pub async fn attach(&self, params: AttachParams) -> Result<Device, AttachError> {
         let _changing = self.inner.changing.lock().await;
         if let Some(device) = self.device_now() {
@@ -178,12 +182,26 @@ impl ReplicaHandle {
             replica: params.replica,
             size_bytes: status.size_bytes,
             logical_block_bytes: params.logical_block_bytes,
-            volatile_cache: params.durability == Durability::OnFlush,
+            volatile_cache: params.tuning.durability == Durability::OnFlush,
         };
+        // A device that was left serves its users from the first moment on, in the mode in which it was left. Until it has the right
+        // one, and what was completed before is durable, nothing is completed that is not.
+        let strict = Tuning {
+            durability: Durability::EveryWrite,
+            ..params.tuning
+        };
+        self.order(Command::SetTuning(strict))
+            .await
+            .map_err(AttachError::Tuning)?;
         let seat = Seat::new(self.inner.mailbox.clone(), self.inner.runtime.clone());
         let frontends = self.inner.frontends.clone();
         let device = blocking(move || frontends.open(params.frontend, &open, &seat)).await?;
         self.inner.device.send_replace(Some(device.clone()));
+        if params.tuning != strict {
+            self.order(Command::SetTuning(params.tuning))
+                .await
+                .map_err(AttachError::Tuning)?;
+        }
         Ok(device)
     }
 
@@ -307,3 +325,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
+
+#[cfg(test)]
+#[path = "handle_tests.rs"]
+mod tests;

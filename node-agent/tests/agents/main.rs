@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test and its harness fail by panicking")]
 
 mod harness;
+mod left_behind;
 
 use harness::{Cluster, SIZE, Spec, designation, eventually, run};
 use mars_engine::types::ClusterId;
@@ -297,6 +298,40 @@ fn a59_a_disk_with_foreign_content_is_refused_until_it_may_be_overwritten() {
     assert!(message.contains(at.to_str().unwrap()), "{message}");
     cluster.umount(&at);
     a.wait_device("foreign");
+    a.kill_agent();
+}
+
+#[test]
+fn a59_a_disk_with_the_data_of_another_replica_is_refused_even_if_it_may_be_overwritten() {
+    let cluster = Cluster::new(1);
+    let (kept, taker) = (Spec::new("kept", &cluster.nodes), Spec::new("taker", &cluster.nodes));
+    let a = &cluster.nodes[0];
+    let image = a.dir.join("disk.img");
+    fs::File::create(&image).unwrap().set_len(SIZE + (4 << 20)).unwrap();
+    let disk = run("losetup", &["-f", "--show", image.to_str().unwrap()])
+        .trim()
+        .to_owned();
+    let _detach = Detach(disk.clone());
+    cluster.start();
+    let order = json!({"backing": {"device": disk}, "overwrite": true, "role": "Primary", "cause": "Create", "designation": designation(1)});
+    cluster.order(&kept, a, &order);
+    write_synced(&a.wait_device("kept"), 0, &pattern(12, 1 << 20));
+    // The replica goes, its data stays.
+    let mut leaves = order.clone();
+    leaves["dataPolicy"] = json!("Retain");
+    leaves["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    cluster.order(&kept, a, &leaves);
+    eventually("it is gone", || a.status("kept").is_none().then_some(()));
+    let before = fs::read(&image).unwrap();
+    cluster.order(&taker, a, &order);
+    let message = a.wait_reason("taker", "DiskOfAnother");
+    assert!(
+        message.contains(a.replica_dir(&kept).to_str().unwrap()) && message.contains("kept"),
+        "{message}"
+    );
+    assert!(fs::read(&image).unwrap() == before, "a refused disk was changed");
+    fs::rename(a.replica_dir(&kept), a.dir.join("kept-aside")).unwrap();
+    a.wait_device("taker");
     a.kill_agent();
 }
 

@@ -2,11 +2,13 @@
 //! stay as primary.
 //!
 //! Invariants: a disk is let go of only at rest, and nothing touches it before it is taken back; a device is given up only once it is
-//! certain that this replica will not serve it again.
+//! certain that this replica will not serve it again; data is never thrown away under one that somebody uses.
 
-use super::super::facts::{Facts, Leftover};
+use super::super::facts::Facts;
+use super::super::presence::Presence;
 use super::super::todo::{Grant, Todo};
-use super::{Plan, Step, newer};
+use super::{Plan, Step, device_unknown, newer};
+use crate::frontend::users;
 use mars_engine::api::{DataState, Role, Switches};
 use mars_engine::types::Designation;
 
@@ -57,29 +59,33 @@ pub(super) fn hold_or_let_go(todo: &Todo, facts: &Facts, plan: &mut Plan) {
 /// A device that a former life of the agent left on a replica that is secondary now. Nobody serves it, so its users hang; it is given
 /// up once it is certain that this replica will not serve it again.
 pub(super) fn left_over(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    let users = facts.device_users.join("; ");
-    match facts.leftover {
-        Leftover::None => {}
-        Leftover::Waiting if is_overruled(todo, facts) => {
+    match &facts.device {
+        Presence::LeftBehind { .. } if is_overruled(todo, facts) => {
             plan.steps.push(Step::Discard);
         }
-        Leftover::Waiting => plan.wait(
+        Presence::LeftBehind { .. } => plan.wait(
             "DeviceStranded",
             format!(
                 "the device of an earlier stay as primary waits to be served (users: {}): it goes on when this replica is \
                  primary again, and is given up when a newer designation names another one. See `kubectl describe mars {}`",
-                if users.is_empty() { "none" } else { &users },
+                facts.device.in_use().as_deref().unwrap_or("none"),
                 todo.resource
             ),
         ),
-        Leftover::GivenUp => plan.wait(
+        Presence::GivenUp { users } => plan.wait(
             "DeviceStranded",
             format!(
-                "designation {} names another replica, so the device of the earlier stay as primary was given up: {users} \
-                 get I/O errors, as when a machine dies. Stop them (umount, or stop the pod)",
-                facts.status.designation.number
+                "designation {} counts, so the device of the earlier stay as primary was given up: {} get I/O errors, as when \
+                 a machine dies. Stop them (umount, or stop the pod)",
+                facts.status.designation.number,
+                users::describe(users)
             ),
         ),
+        // Who was never primary has left nothing behind, and does not alarm anybody.
+        Presence::Unknown { reason } if facts.done.primary_under.is_some() => {
+            plan.wait("DeviceUnknown", device_unknown(reason));
+        }
+        Presence::Absent | Presence::Served { .. } | Presence::Unknown { .. } => {}
     }
 }
 
@@ -95,4 +101,27 @@ fn is_overruled(todo: &Todo, facts: &Facts) -> bool {
     };
     let under = facts.done.primary_under;
     !named && facts.status.resumable.is_none() && under.is_some_and(|under| newer(persisted, under))
+}
+
+/// Throws the data away, unless somebody waits on it: their device would be served from other data afterwards.
+pub(super) fn invalidate(todo: &Todo, facts: &Facts, plan: &mut Plan) {
+    let Some(id) = todo
+        .one_shots
+        .invalidate
+        .filter(|id| facts.done.invalidate != Some(*id))
+    else {
+        return;
+    };
+    if let Some(users) = facts.device.in_use() {
+        return plan.wait(
+            "InvalidateRefused",
+            format!(
+                "the device of an earlier stay as primary is in use: {users}. Stop them, then the data is thrown away"
+            ),
+        );
+    }
+    if facts.device.is_left_behind() {
+        plan.steps.push(Step::Discard);
+    }
+    plan.steps.push(Step::Invalidate(id));
 }

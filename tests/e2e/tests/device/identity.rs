@@ -247,6 +247,21 @@ fn a_device_in_use_keeps_its_resource_from_being_deleted() {
             volume.live("a")?.role == Some(ActualRole::Primary),
             "the device still works"
         );
+        // The one who remembers that it is in use dies.
+        for _ in ["once", "again"] {
+            cluster.node("a").kill()?;
+            cluster.node("a").start()?;
+            ledger.write(&device, 50)?;
+            device.sync_all()?;
+            volume.wait_live("a", "serves its user again", |status| {
+                status.role == Some(ActualRole::Primary) && !status.opened_by.is_empty()
+            })?;
+        }
+        ensure!(
+            cluster.find::<MarsResource>("held")?.is_some() && volume.data_file("a")?.exists(),
+            "nothing was deleted under it"
+        );
+        ensure!(ledger.prefix(&volume.device("a"))? == 300, "every write is there");
         drop(device);
         until("it is gone once the device is closed", MIN, || {
             Ok(cluster.find::<MarsResource>("held")?.is_none())
