@@ -64,7 +64,7 @@ impl<S: Store> Owner<S> {
             applied_time: saved.applied_time,
             lineage: self.durable_lineage(),
             switches: saved.switches.clone(),
-            sync: saved.sync.map(|sync| sync.progress(saved.waypoint)),
+            sync: self.sync_progress(),
             // Told only once its `Close` is on stable storage: the successor's orders rest on it (P6).
             released: saved
                 .released

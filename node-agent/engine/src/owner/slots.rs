@@ -55,6 +55,7 @@ impl<S: Store> Owner<S> {
             Ok(()) => {
                 self.saver.retry.succeeded();
                 self.changed |= self.faults.clear(|fault| matches!(fault, Fault::StateFailed { .. }));
+                self.checkpoint_saved();
                 while let Some((_, id)) = self
                     .saved_waiters
                     .pop_front_if(|(wanted, _)| self.saver.is_durable(*wanted))

@@ -6,7 +6,7 @@
 use super::restart::Restart;
 use super::saver::Generation;
 use super::{Owner, Purpose};
-use crate::api::{CommandId, DataState, Fault, Refusal, Role};
+use crate::api::{CommandId, DataState, Fault, Refusal, Role, SyncProgress};
 use crate::jobs::Job;
 use crate::lineage::{Cause, Lineage};
 use crate::state::{SavedSync, Waypoint};
@@ -35,6 +35,8 @@ pub(super) struct Target {
     is_trusted: bool,
     /// Writes that wait until `written_to` is on stable storage.
     announced: VecDeque<(Generation, SyncWrite)>,
+    /// A checkpoint that is being saved, and the one before (device offset, bytes).
+    unsaved: Option<(Generation, u64)>,
     /// Payload written since progress was saved last (bytes).
     moved_bytes: u64,
     writing: usize,
@@ -60,6 +62,7 @@ impl Target {
     /// A copy begins from nothing: there is nothing to distrust.
     pub(super) fn begun(&mut self) {
         self.is_trusted = true;
+        self.unsaved = None;
     }
 }
 
@@ -253,6 +256,27 @@ impl<S: Store> Owner<S> {
         self.done_when_saved(id, generation);
     }
 
+    /// Progress as it would survive a crash now.
+    pub(super) fn sync_progress(&self) -> Option<SyncProgress> {
+        let mut progress = self.saved.sync?.progress(self.saved.waypoint);
+        if let Some((_, done_before)) = self.sync.unsaved {
+            progress.done_bytes = done_before;
+        }
+        Some(progress)
+    }
+
+    /// Slots were saved: a checkpoint in them may be told.
+    pub(super) fn checkpoint_saved(&mut self) {
+        if self
+            .sync
+            .unsaved
+            .take_if(|(generation, _)| self.saver.is_durable(*generation))
+            .is_some()
+        {
+            self.changed = true;
+        }
+    }
+
     pub(super) fn sync_refreshed(&mut self, id: CommandId, result: io::Result<()>) {
         self.sync.refreshing = false;
         match result {
@@ -321,6 +345,7 @@ impl<S: Store> Owner<S> {
         self.changed |= self.faults.clear(|fault| matches!(fault, Fault::DataDiskFailed { .. }));
         let moved_bytes = std::mem::take(&mut self.sync.moved_bytes);
         let cursor = self.replay.cursor();
+        let done_before = self.saved.sync.map_or(0, |sync| sync.done_bytes);
         let generation = self.save(|saved| {
             let Some(sync) = &mut saved.sync else { return };
             sync.moved_bytes += moved_bytes;
@@ -337,6 +362,7 @@ impl<S: Store> Owner<S> {
                 }
             }
         });
+        self.sync.unsaved = Some((generation, done_before));
         self.done_when_saved(id, generation);
         self.consistency_may_have_come();
     }
