@@ -6,7 +6,6 @@
 use crate::api::{LogView, SegmentView};
 use crate::brick::Disk;
 use crate::format::record::Record;
-use crate::format::segment::SEGMENT_HEADER_BYTES;
 use crate::log::reader::{LogReader, Next, ReadError};
 use crate::log::{Rewritten, TailRewrite};
 use crate::overlay::{Content, Piece};
@@ -18,6 +17,10 @@ use crate::writeback::{Extent, MAX_EXTENT_BYTES};
 use bytes::{Bytes, BytesMut};
 use std::fmt;
 use std::io;
+
+/// What stands in front of the first batch of a segment (bytes): a whole block, so that none is read.
+const FIRST_BATCH_BYTES: usize = 4096;
+const _: () = assert!(FIRST_BATCH_BYTES as u64 == crate::format::segment::FIRST_BATCH_OFFSET);
 
 /// Work for the pool.
 #[derive(Debug)]
@@ -322,7 +325,7 @@ fn recycle<S: Store>(store: &S, spare: &FileId, id: &FileId, len: u64) -> io::Re
     if file.size()? != len {
         return Ok(None);
     }
-    file.write_at(&[&[0; SEGMENT_HEADER_BYTES]], 0)?;
+    file.write_at(&[&[0; FIRST_BATCH_BYTES]], 0)?;
     file.sync()?;
     store.rename(spare, id)?;
     store.sync_dir()?;

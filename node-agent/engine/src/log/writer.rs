@@ -57,10 +57,16 @@ struct Current<F> {
     dirty: bool,
 }
 
-/// Zeros where the next record will stand: in a file that was another segment before, they tell "nothing came after" from "something came, and
-/// was torn". The next record, or the next batch, overwrites them.
-fn end_mark(room: u64) -> &'static [u8] {
-    &[0; HEADER_LEN][..usize::try_from(room).map_or(HEADER_LEN, |room| room.min(HEADER_LEN))]
+/// Longest end mark: a record may end just in front of a block (bytes).
+const LONGEST_MARK: usize = HEADER_LEN + 4096;
+
+/// Zeros where the next record will stand: in a file that was another segment before, they tell "nothing came after" from "something came,
+/// and was torn". They go on to the end of a block, so that the kernel never has to read a block of such a file before it takes part of it. The
+/// next record, or the next batch, overwrites them.
+fn end_mark(end: u64, file_bytes: u64) -> &'static [u8] {
+    let until = align_up(end + HEADER_LEN as u64).min(file_bytes);
+    let len = usize::try_from(until - end).expect("less than two blocks");
+    &[0; LONGEST_MARK][..len]
 }
 
 /// A created, empty segment.
@@ -363,7 +369,7 @@ impl<S: Store> LogWriter<S> {
         let header = record.header.encode(stored, batch_crc);
         let opening_len = opening.as_ref().map_or(0, |batch| batch.len());
         let written = (opening_len + header.len() + stored.len()) as u64;
-        let mark = end_mark(current.file_bytes - current.offset - written);
+        let mark = end_mark(current.offset + written, current.file_bytes);
         // From here on the file may have changed, also after an error.
         current.dirty = true;
         match &opening {

@@ -54,8 +54,11 @@ fn durable_log(seed: u64, compression: Compression) -> (Driver, Vec<(SegmentName
     }
     let written = store.take_trace().into_iter().filter_map(|event| match event.file {
         Some(FileId::Segment(name)) if event.op == Op::Write && event.range.len < SEGMENT_BYTES => {
-            let mark = if event.range.offset == 0 { 0 } else { 40 };
-            let len = event.range.len - mark;
+            // Behind the last byte that is not zero nothing tells anything.
+            let image = store.peek(&FileId::Segment(name)).unwrap();
+            let range = usize::try_from(event.range.offset).unwrap()..usize::try_from(event.range.end()).unwrap();
+            let last = image[range].iter().rposition(|byte| *byte != 0).unwrap();
+            let len = last as u64 + 1;
             Some((name, ByteRange { len, ..event.range }))
         }
         _ => None,
