@@ -55,6 +55,7 @@ impl World {
         for round in 0..PATIENCE {
             for at in 0..self.nodes.len() {
                 self.heal_node(at, round);
+                self.learn(at);
             }
             self.pass_time();
             self.collect();
@@ -105,9 +106,13 @@ impl World {
             self.start(at);
             self.nodes[at].rig.order(Command::SetSwitches(Switches::default()));
         }
-        for _ in 0..100 {
+        for job in 0..100 {
             if !self.nodes[at].rig.run_one_job() {
                 break;
+            }
+            // What it has made durable may be retired by the next job.
+            if job % 8 == 0 {
+                self.learn(at);
             }
         }
         for other in 0..self.nodes.len() {
