@@ -390,4 +390,6 @@ fn sigterm_ends_an_agent_whose_devices_are_idle_and_leaves_used_ones_to_the_next
     let mut bytes = vec![0; 4096];
     open.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, pattern(11, 4096));
+    // Linked again: that is how the device is found and removed at the end.
+    a.wait_device("ended");
 }
