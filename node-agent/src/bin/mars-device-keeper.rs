@@ -11,8 +11,8 @@ use std::path::PathBuf;
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// Directory of its socket (keeper.sock) and state; root only, on volatile storage.
-    #[arg(long, default_value = "/run/mars/keeper", env = "MARS_KEEPER_DIR")]
+    /// Directory of its socket (keeper.sock) and state, the run directory of the agent; root only, on volatile storage.
+    #[arg(long, default_value = "/run/mars", env = "MARS_KEEPER_DIR")]
     dir: PathBuf,
 }
 

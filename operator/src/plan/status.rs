@@ -226,6 +226,8 @@ fn state(context: &Context<'_>, draft: &Draft, status: &MarsResourceStatus) -> &
         } else {
             "Creating"
         }
+    } else if refusal_of_designated(context).is_some() {
+        "Degraded"
     } else if draft.switching.as_ref().is_some_and(|note| is_under_way(note.reason)) {
         "Switching"
     } else if !primary {
@@ -269,6 +271,10 @@ fn faults(context: &Context<'_>) -> Vec<String> {
                 faults.push(format!("{node}: {}: {}", condition.type_, condition.message));
             }
         }
+        if let Some(refusal) = refusal(replica) {
+            faults.push(format!("{node}: {refusal}"));
+            continue;
+        }
         match status.data_state {
             Some(ReplicaData::Missing) => faults.push(format!("{node}: its data is missing; bring the disk back")),
             Some(ReplicaData::Quarantined) => {
@@ -281,6 +287,22 @@ fn faults(context: &Context<'_>) -> Vec<String> {
         }
     }
     faults
+}
+
+/// Why the agent does not run this replica at all: it says no role, and what is in the way.
+fn refusal(replica: &MarsReplica) -> Option<String> {
+    let status = replica.status.as_ref().filter(|status| status.role.is_none())?;
+    let cause = conditions::get(&status.conditions, conditions::DEGRADED)?;
+    let shown_by_data = matches!(
+        status.data_state,
+        Some(ReplicaData::Missing | ReplicaData::Quarantined | ReplicaData::LogLost)
+    );
+    (cause.status == "True" && !shown_by_data).then(|| format!("{}: {}", cause.reason, cause.message))
+}
+
+/// The same of the replica that shall be primary.
+fn refusal_of_designated(context: &Context<'_>) -> Option<String> {
+    refusal(context.world.replica_on(&context.designation()?.node)?)
 }
 
 fn emergency(context: &Context<'_>) -> Option<String> {
@@ -369,6 +391,14 @@ fn ready(context: &Context<'_>, draft: &Draft) -> Verdict {
             format!("{node} was primary when it was last heard; look after its agent"),
         ),
         _ => {
+            if let Some(refusal) = refusal_of_designated(context) {
+                return verdict(
+                    conditions::READY,
+                    false,
+                    &Reason::ReplicaFault.word(),
+                    format!("{node}: {refusal}"),
+                );
+            }
             let why = draft
                 .switching
                 .as_ref()
