@@ -99,6 +99,7 @@ impl<S: Store> Owner<S> {
                     | Purpose::DiskSize
                     | Purpose::SyncWrite { .. }
                     | Purpose::SyncFlush
+                    | Purpose::SyncRefresh { .. }
             )
         });
         if busy {

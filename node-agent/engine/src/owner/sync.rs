@@ -1,7 +1,7 @@
 //! The target side of a copy: writes without a log record, allowed only while the data says Syncing in both slots.
 //!
 //! Invariants: nothing is written before the announcement is durable (P5, P11); progress is saved only after the data disk was
-//! flushed; `consistent_at` is never below what any source may have had on its disk when a block was read from it.
+//! flushed; the waypoint is never before what any source may have had on its disk when a block was read from it, and lies in its history.
 
 use super::restart::Restart;
 use super::saver::Generation;
