@@ -172,6 +172,17 @@ pub enum Fault {
         /// zero, foreign, repeated, sequence jump, digest, header, truncated.
         class: String,
     },
+    /// A part of the log that is loaded here, and kept for other members, is damaged: found when it was to be served. The data is whole.
+    BacklogDefect {
+        /// File name of the segment.
+        segment: String,
+        /// Byte offset in the file.
+        file_offset: u64,
+        /// Position in the history.
+        lsn: Lsn,
+        /// As for `LogDefect`.
+        class: String,
+    },
     /// A RESIZE record waits for a larger local disk.
     DiskTooSmall {
         /// Size the record asks for (bytes).
@@ -410,6 +421,8 @@ pub enum Command {
         /// The source's dirty end when the last block had been read: exactly this must lie in the history that is replayed here.
         dirty_end: Position,
     },
+    /// A server of log has found durable log damaged: to be named. Ignored when that segment is no longer part of the log.
+    NameDefect(crate::log::Stop),
     /// A named fault found by the replication side (fork, orphan), or its end.
     SetReplicationFault(Option<Fault>),
     /// Reach the data disk through another stack of bricks from now on: one that leads to the same bytes. Replies once nothing is under

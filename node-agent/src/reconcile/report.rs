@@ -399,6 +399,17 @@ fn describe(fault: &Fault) -> (&'static str, String) {
                 "the log is damaged in {segment} at byte {file_offset} (position {lsn}, {class}); nothing behind it is used. Check the disk; it is refetched from a member that has it, else invalidate this replica"
             ),
         ),
+        Fault::BacklogDefect {
+            segment,
+            file_offset,
+            lsn,
+            class,
+        } => (
+            "LogDefect",
+            format!(
+                "log that is kept for other members is damaged in {segment} at byte {file_offset} (position {lsn}, {class}): it is not shipped; the data here is whole. Check the disk; a member that needs this log gets it from another one that has it, else invalidate that member"
+            ),
+        ),
         Fault::DiskTooSmall {
             wanted_bytes,
             disk_bytes,
@@ -435,13 +446,22 @@ const FAULTS: [&str; 7] = [
     "Orphan",
 ];
 
+/// What is wrong, as conditions. Both kinds of damaged log are one: of the two, the one that stops this replica is shown.
+fn named(faults: &[Fault]) -> Vec<(&'static str, String)> {
+    let is_worse = faults.iter().any(|fault| matches!(fault, Fault::LogDefect { .. }));
+    let shown = faults
+        .iter()
+        .filter(|fault| !(is_worse && matches!(fault, Fault::BacklogDefect { .. })));
+    shown.map(describe).collect()
+}
+
 fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, around: &Surroundings) {
     let (now, generation) = (time_now(), Some(around.generation));
     let list = &mut report.conditions;
     let mut set = |name: &str, truth: Truth, reason: &str, message: &str| {
         conditions::set(list, name, truth, reason, message, generation, &now);
     };
-    let faults: Vec<_> = facts.status.faults.iter().map(describe).collect();
+    let faults = named(&facts.status.faults);
     for (name, message) in &faults {
         set(name, Truth::True, name, message);
     }
@@ -482,6 +502,38 @@ fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, ar
         let holds = faults.iter().any(|(fault, _)| *fault == name) || (name == "ResizePending" && pending);
         if !holds && conditions::get(list, name).is_some_and(|condition| condition.status == "True") {
             conditions::set(list, name, Truth::False, "Over", "not any more", generation, &now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mars_engine::types::Lsn;
+
+    #[test]
+    fn of_two_damaged_places_the_one_that_stops_the_replica_is_shown() {
+        let (segment, class) = (|name: &str| name.to_owned(), "digest".to_owned());
+        let kept = Fault::BacklogDefect {
+            segment: segment("log-1"),
+            file_offset: 4096,
+            lsn: Lsn(1),
+            class: class.clone(),
+        };
+        let ahead = Fault::LogDefect {
+            segment: segment("log-2"),
+            file_offset: 4096,
+            lsn: Lsn(2),
+            class,
+        };
+        let names = |faults: &[Fault]| {
+            let named = named(faults);
+            assert!(named.iter().all(|(name, _)| FAULTS.contains(name)));
+            named.into_iter().map(|(_, message)| message).collect::<Vec<_>>()
+        };
+        assert!(matches!(&names(std::slice::from_ref(&kept))[..], [message] if message.contains("log-1")));
+        for both in [[kept.clone(), ahead.clone()], [ahead, kept]] {
+            assert!(matches!(&names(&both)[..], [message] if message.contains("log-2")));
         }
     }
 }

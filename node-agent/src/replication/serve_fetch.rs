@@ -1,12 +1,13 @@
 //! Serving log: one producer per stream reads and proves on blocking threads; one or several lanes carry its items.
 //!
-//! Invariant: at most [`QUEUE`] items wait per stream, so a slow receiver stops the reading, not the memory.
+//! Invariants: at most [`QUEUE`] items wait per stream, so a slow receiver stops the reading, not the memory; damage that ends a stream is
+//! named on the replica it was found on (P10).
 
 use super::entry::Entry;
 use super::server::Served;
 use super::tls::PeerIdentity;
 use super::wire::{self, pb};
-use mars_engine::api::{Compression, LogView};
+use mars_engine::api::{Command, Compression, LogView};
 use mars_engine::replication::messages::{FetchItem, FetchOpen, Refused};
 use mars_engine::replication::source::{LogReader, SourceStream};
 use mars_engine::types::ReplicaId;
@@ -85,6 +86,11 @@ pub(super) fn start(
         if let Some(Err(refused)) = ended {
             let resource = host.entry.resource;
             tracing::info!(%resource, peer = %to, %refused, "a fetch from here ended");
+            if let Refused::Defect { stop: Some(stop), .. } = &refused {
+                // Whoever asked is told below; people look at the member whose disk it is.
+                let named = host.entry.port.command(Command::NameDefect(stop.clone()));
+                let _ = host.stop.run_until_cancelled(named).await;
+            }
             let _ = host.stop.run_until_cancelled(producer.send_refusal(refused)).await;
         }
         host.lanes.close(stream);

@@ -341,7 +341,7 @@ impl From<Refused> for pb::Refused {
                 state: data_out(&state),
             }),
             Refused::SessionLost => Reason::SessionLost(r::SessionLost {}),
-            Refused::Defect { at, message } => Reason::Defect(r::Defect { at: at.0, message }),
+            Refused::Defect { at, message, stop: _ } => Reason::Defect(r::Defect { at: at.0, message }),
             Refused::Io { message } => Reason::Io(r::Io { message }),
             Refused::Busy { message } => Reason::Busy(r::Busy { message }),
         };
@@ -389,6 +389,7 @@ impl TryFrom<&pb::Refused> for Refused {
             Reason::Defect(r) => Self::Defect {
                 at: Lsn(r.at),
                 message: r.message.clone(),
+                stop: None,
             },
             Reason::Io(r) => Self::Io {
                 message: r.message.clone(),

@@ -128,6 +128,7 @@ fn every_refusal_arrives_with_its_reason() {
         Refused::Defect {
             at: Lsn(5),
             message: "z".into(),
+            stop: None,
         },
         Refused::Io { message: "disk".into() },
         Refused::Busy {

@@ -53,6 +53,31 @@ async fn a_large_backlog_arrives_over_several_lanes_and_compressed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a13_damaged_log_is_not_shipped_and_named_by_the_member_whose_it_is() {
+    let cluster = followed(2, Shape::default()).await;
+    let (primary, secondary) = (&cluster.nodes[0], &cluster.nodes[1]);
+    secondary.until_like(primary).await;
+    primary.wire.cut();
+    secondary.wire.cut();
+    write_some(&cluster, 0, 40).await;
+    primary
+        .until("written back", |status| status.applied == status.durable)
+        .await;
+    primary.damage_log(&payload(20, 64 << 10)[1000..1064]);
+    primary.wire.heal();
+    secondary.wire.heal();
+    let named = |fault: &Fault| matches!(fault, Fault::BacklogDefect { .. });
+    primary
+        .until("it is named", |status| status.faults.iter().any(named))
+        .await;
+    let status = secondary.now();
+    assert!(status.durable.lsn < primary.now().durable.lsn && status.data == DataState::Consistent);
+    // Whoever has the whole data goes on.
+    write_some(&cluster, 40, 1).await;
+    assert_eq!(primary.now().role, Role::Primary);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_break_again_and_again_lose_and_double_nothing() {
     let cluster = followed(2, Shape::default()).await;
     let disturber = cluster.nodes[0].wire.clone();

@@ -13,6 +13,7 @@ use mars_node_agent::replication::tls::PeerIdentity;
 use mars_node_agent::replication::{Congestion, Follower, Hub, HubConfig, Membership, PeerAddress, ReplicationStatus};
 use std::fs::File;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -326,6 +327,21 @@ impl Node {
 
     pub(crate) fn disk(&self) -> Vec<u8> {
         std::fs::read(self.dir.join("data")).unwrap()
+    }
+
+    /// Flips a bit of these bytes, wherever in the log they stand.
+    pub(crate) fn damage_log(&self, bytes: &[u8]) {
+        for entry in std::fs::read_dir(self.dir.join("log")).unwrap() {
+            let path = entry.unwrap().path();
+            let mut image = std::fs::read(&path).unwrap();
+            if let Some(at) = image.windows(bytes.len()).position(|window| window == bytes) {
+                image[at] ^= 1;
+                let file = File::options().write(true).open(&path).unwrap();
+                file.write_all_at(&image[at..=at], at as u64).unwrap();
+                return;
+            }
+        }
+        panic!("the log does not hold these bytes");
     }
 
     pub(crate) fn disk_path(&self) -> PathBuf {

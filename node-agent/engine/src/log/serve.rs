@@ -65,7 +65,11 @@ fn refused(error: ReadError, at: Position) -> Refused {
         ReadError::NotProven { found, .. } => Refused::Unprovable { at, have: found },
         ReadError::Defect(stop) => {
             let message = format!("{}: {} at byte {}", stop.segment, stop.class, stop.file_offset);
-            Refused::Defect { at: stop.lsn, message }
+            Refused::Defect {
+                at: stop.lsn,
+                message,
+                stop: Some(stop),
+            }
         }
         error @ ReadError::Recycled { .. } => Refused::Busy {
             message: error.to_string(),

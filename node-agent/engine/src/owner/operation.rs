@@ -98,6 +98,7 @@ impl<S: Store> Owner<S> {
                 }
                 self.done(id);
             }
+            Command::NameDefect(stop) => self.served_defect(id, &stop),
             Command::ExchangeDisk(disk) => self.begin_exchange(id, disk),
             Command::Observe { designation } => self.observe(id, designation),
             Command::SyncWrite { range, data } => self.sync_write(id, range, data),

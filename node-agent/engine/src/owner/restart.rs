@@ -123,7 +123,11 @@ impl<S: Store> Owner<S> {
         self.faults.clear(|fault| {
             matches!(
                 fault,
-                Fault::LogDefect { .. } | Fault::Fork { .. } | Fault::Orphan { .. } | Fault::DiskTooSmall { .. }
+                Fault::LogDefect { .. }
+                    | Fault::BacklogDefect { .. }
+                    | Fault::Fork { .. }
+                    | Fault::Orphan { .. }
+                    | Fault::DiskTooSmall { .. }
             )
         });
         let first_segment = self.log.next_number();

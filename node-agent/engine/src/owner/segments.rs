@@ -9,7 +9,8 @@ use super::saver::Generation;
 use super::{Owner, Purpose};
 use crate::api::{CommandId, Fault, Role};
 use crate::jobs::Job;
-use crate::log::TailClass;
+use crate::log::{Stop, TailClass};
+use crate::recovery;
 use crate::retention::{self, Closed};
 use crate::state::{SavedMember, SavedRole};
 use crate::store::{FileId, SegmentName, Store};
@@ -212,6 +213,38 @@ impl<S: Store> Owner<S> {
         });
     }
 
+    /// A server of log has come to a bad record. What is loaded is in the data disk, or is on its way there from memory: then only others
+    /// miss it. Else replay will stop there, too.
+    pub(super) fn served_defect(&mut self, id: CommandId, stop: &Stop) {
+        let is_ours = self.log.segments().iter().any(|segment| segment.name == stop.segment);
+        if is_ours && stop.lsn < self.log.durable().lsn {
+            let fault = if stop.lsn < self.replay.cursor().lsn {
+                Fault::BacklogDefect {
+                    segment: stop.segment.to_string(),
+                    file_offset: stop.file_offset,
+                    lsn: stop.lsn,
+                    class: stop.class.to_string(),
+                }
+            } else {
+                recovery::defect(stop)
+            };
+            if self.faults.set(fault) {
+                tracing::error!(replica = %self.replica, ?stop, "log that a member asked for is damaged here: it is not shipped");
+                self.changed = true;
+            }
+        }
+        self.done(id);
+    }
+
+    /// Damage that has left the log with its segment is over.
+    fn forget_backlog_defect(&mut self) {
+        let segments = self.log.segments();
+        self.changed |= self.faults.clear(|fault| match fault {
+            Fault::BacklogDefect { segment, .. } => !segments.iter().any(|kept| kept.name.to_string() == *segment),
+            _ => false,
+        });
+    }
+
     /// The part of a reported position that lies on our history; `None`: its epoch is unknown here.
     fn common_end(&self, reported: Position) -> Option<Position> {
         if reported == Position::default() {
@@ -264,6 +297,7 @@ impl<S: Store> Owner<S> {
                 .eq(view.segments[..gone.len()].iter().map(|segment| &segment.name)),
             "the oldest segments go"
         );
+        self.forget_backlog_defect();
         for (name, closed) in gone.iter().zip(&closed) {
             self.segments.summaries.push(Kept {
                 name: *name,

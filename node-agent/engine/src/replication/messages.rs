@@ -5,6 +5,7 @@
 
 use crate::api::{Compression, DataState, ReplicaStatus, Role};
 use crate::lineage::{EpochEntry, Lineage};
+use crate::log::Stop;
 use crate::replication::chunk::ChunkClaim;
 use crate::types::{ByteRange, ClusterId, Designation, Lamport, Lsn, NodeId, Position, ReplicaId, ResourceId};
 use bytes::Bytes;
@@ -220,6 +221,8 @@ pub enum Refused {
         at: Lsn,
         /// What was found.
         message: String,
+        /// The same for the member itself, which names it; it does not travel.
+        stop: Option<Stop>,
     },
     /// Something failed on its machine.
     #[error("failed to read: {message}")]

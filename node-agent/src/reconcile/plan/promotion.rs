@@ -176,7 +176,7 @@ fn disqualifies(fault: &Fault) -> bool {
         | Fault::DataDiskFailed { .. }
         | Fault::StateFailed { .. }
         | Fault::LogDefect { .. } => true,
-        Fault::DiskTooSmall { .. } | Fault::Fork { .. } | Fault::Orphan { .. } => false,
+        Fault::BacklogDefect { .. } | Fault::DiskTooSmall { .. } | Fault::Fork { .. } | Fault::Orphan { .. } => false,
     }
 }
 

@@ -1,5 +1,6 @@
 //! Tests of the owner on a simulated machine.
 
+mod backlog;
 mod copies;
 mod crash;
 mod exchange;
