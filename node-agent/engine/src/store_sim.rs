@@ -135,6 +135,11 @@ impl SimStore {
         self.lock().set_log_capacity(bytes);
     }
 
+    /// Most files, beside the data disk, that may be open at a time (`RLIMIT_NOFILE`).
+    pub fn set_open_limit(&self, files: usize) {
+        self.lock().set_open_limit(files);
+    }
+
     /// Flips one bit of a file on the medium and in the cache: silent corruption.
     ///
     /// # Panics

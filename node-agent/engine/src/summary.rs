@@ -172,6 +172,30 @@ impl Summary {
         file.sync()
     }
 
+    /// Where the segment ended, from the fixed part of its summary alone: summaries are many and may be large, and who asks only wants to
+    /// know how long to keep this one. Not verified – removed too early it counts as missing, like any that is damaged – so nothing
+    /// else may be built on it. `None` when it is missing or tells nothing.
+    ///
+    /// # Errors
+    /// Any I/O error but `NotFound` and a file that is too short.
+    pub fn load_end<S: Store>(store: &S, name: SegmentName) -> io::Result<Option<Lsn>> {
+        let mut bytes = [0; HEADER_BYTES];
+        let read = store
+            .open(&FileId::Summary(name))
+            .and_then(|file| file.read_at(&mut bytes, 0));
+        match read {
+            Ok(()) => Ok(Self::decode_end(&bytes)),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn decode_end(bytes: &[u8; HEADER_BYTES]) -> Option<Lsn> {
+        let is_known = bytes[..8] == *MAGIC && bytes[8..10] == VERSION.to_le_bytes();
+        let end = position(bytes, 16 + POSITION_BYTES)?;
+        is_known.then_some(end.lsn)
+    }
+
     /// Loads the summary of a segment; `None` when it is missing or damaged.
     ///
     /// # Errors
@@ -268,6 +292,10 @@ mod tests {
         assert_eq!(Summary::load(&store, name).unwrap(), None);
         summary.save(&store, name).unwrap();
         assert_eq!(Summary::load(&store, name).unwrap(), Some(summary.clone()));
+        assert_eq!(Summary::load_end(&store, name).unwrap(), Some(Lsn(77)));
+        store.flip_bit(&FileId::Summary(name), 8);
+        assert_eq!(Summary::load_end(&store, name).unwrap(), None, "no summary at all");
+        store.flip_bit(&FileId::Summary(name), 8);
         for bit in (0..summary.encode().len() as u64 * 8).step_by(13) {
             store.flip_bit(&FileId::Summary(name), bit);
             let found = Summary::load(&store, name).unwrap();

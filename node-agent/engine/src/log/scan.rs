@@ -4,6 +4,12 @@
 //! is not valid log, names it, and collects evidence from valid batches behind it: a batch that knew of a durable end above
 //! the stop proves that the log is damaged rather than torn. [`decide`] then says what follows.
 //!
+//! # What is read, and what not
+//! Below the start position: headers only, and the segment that holds the position, from its beginning – a chain can be proven in no other
+//! way. That part is applied in the data disk and kept for members that need it; it is verified record by record when it is served. Above:
+//! everything, because it is going to be applied, because the end of the log and what stands there decide between a torn tail and a
+//! defect, and because a defect can be fetched again only from where the log is cut. Behind a stop: headers, and the contents of the last segment.
+//!
 //! Invariants: nothing behind the first invalid byte is part of the result; no file is called stale while a damaged header
 //! leaves open what it was.
 
@@ -192,7 +198,7 @@ pub fn scan<S: Store>(
     visit: &mut dyn FnMut(&Record, Position),
 ) -> Result<Scan, ScanError> {
     let inventory = Inventory::take(store, params)?;
-    Walk::start(params, inventory)?.run(visit)
+    Walk::start(store, params, inventory)?.run(visit)
 }
 
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ScanError {
@@ -201,12 +207,13 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ScanError {
 }
 
 /// The walk over the segments from the one that holds `from`.
-struct Walk<F> {
+struct Walk<'a, S: Store> {
+    store: &'a S,
     params: ScanParams,
-    inventory: Inventory<F>,
+    inventory: Inventory,
     /// The segment being walked.
     index: usize,
-    cursor: Cursor<F>,
+    cursor: Cursor<S::File>,
     proven: Lsn,
     last_record: Option<Record>,
     /// Set when `from` is proven: where the tail begins, and its epoch.
@@ -214,9 +221,9 @@ struct Walk<F> {
     tail: VecDeque<(TailItem, Position)>,
 }
 
-impl<F: StoreFile> Walk<F> {
-    fn start(params: &ScanParams, mut inventory: Inventory<F>) -> Result<Self, ScanError> {
-        let starts_below = |found: &Found<F>| found.header.start_lsn < params.from.lsn;
+impl<'a, S: Store> Walk<'a, S> {
+    fn start(store: &'a S, params: &ScanParams, mut inventory: Inventory) -> Result<Self, ScanError> {
+        let starts_below = |found: &Found| found.header.start_lsn < params.from.lsn;
         let below = inventory
             .segments
             .iter()
@@ -230,14 +237,15 @@ impl<F: StoreFile> Walk<F> {
         }
         // A segment that begins exactly at the start position needs no predecessor; one that is there may be the left-over of a
         // removal of which only part survived a power loss.
-        let begins_here = |found: &Found<F>| found.header.start_lsn == params.from.lsn;
+        let begins_here = |found: &Found| found.header.start_lsn == params.from.lsn;
         let index = if inventory.segments.get(below).is_some_and(begins_here) {
-            inventory.forget_strangers_before(below)?.saturating_sub(1)
+            inventory.forget_strangers_before(store, below)?.saturating_sub(1)
         } else {
-            inventory.forget_strangers_before(below.saturating_sub(1))?
+            inventory.forget_strangers_before(store, below.saturating_sub(1))?
         };
-        let cursor = inventory.segments[index].cursor()?;
+        let cursor = inventory.segments[index].cursor(store)?;
         Ok(Self {
+            store,
             params: *params,
             inventory,
             index,
@@ -351,7 +359,7 @@ impl<F: StoreFile> Walk<F> {
         }
         self.proven = self.proven.max(header.durable);
         let known = self.cursor.sequence().filter(|_| same_epoch);
-        self.cursor = next.cursor()?;
+        self.cursor = next.cursor(self.store)?;
         self.cursor.expect_sequence(known);
         self.index += 1;
         Ok(None)
@@ -364,7 +372,12 @@ impl<F: StoreFile> Walk<F> {
         self.proven = self.proven.max(self.cursor.proven_by_later_batches().map_err(what())?);
         let later = self.inventory.segments.split_off(self.index + 1);
         for found in &later {
-            let known = found.cursor()?.proven_by_later_batches().map_err(what())?;
+            self.proven = self.proven.max(found.header.durable);
+        }
+        // A header was written after everything in the segments before it, and knew at least as much: only what is in the last one can
+        // tell more than the headers.
+        if let Some(last) = later.last() {
+            let known = last.cursor(self.store)?.proven_by_later_batches().map_err(what())?;
             self.proven = self.proven.max(known);
         }
         let last = self.cursor.header().name;
@@ -375,8 +388,9 @@ impl<F: StoreFile> Walk<F> {
         let mut damaged: Vec<SegmentName> = damaged;
         for found in &self.inventory.superseded {
             let name = found.header.name;
-            let known = found.cursor()?.proven_by_later_batches().map_err(what())?;
-            if known > end.lsn {
+            let is_evidence = found.header.durable > end.lsn
+                || found.cursor(self.store)?.proven_by_later_batches().map_err(what())? > end.lsn;
+            if is_evidence {
                 damaged.push(name);
             } else {
                 self.inventory.stale.push(name);

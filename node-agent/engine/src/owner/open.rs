@@ -371,11 +371,11 @@ fn beside_the_log<S: Store>(store: &S) -> Result<(Vec<Kept>, Vec<FileId>), OpenE
         if let FileId::Spare(_) = id {
             spares.push(id);
         } else if let FileId::Summary(name) = id {
-            let summary = Summary::load(store, name).map_err(io_error(format!("read the summary of {name}")))?;
+            let end = Summary::load_end(store, name).map_err(io_error(format!("read the summary of {name}")))?;
             // A damaged one tells nothing: it may go with the next that all members have passed.
             kept.push(Kept {
                 name,
-                end: summary.map_or(Lsn::ZERO, |summary| summary.end.lsn),
+                end: end.unwrap_or(Lsn::ZERO),
             });
         }
     }

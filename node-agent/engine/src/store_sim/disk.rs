@@ -83,6 +83,8 @@ pub(super) struct Disk {
     /// The directory on the medium.
     durable_entries: BTreeMap<FileId, u64>,
     log_capacity: u64,
+    /// Most files that a process may have open; the data disk does not count.
+    open_limit: usize,
     generation: u64,
     dead: bool,
     io_count: u64,
@@ -113,6 +115,7 @@ impl Disk {
             durable_entries: entries.clone(),
             entries,
             log_capacity,
+            open_limit: usize::MAX,
             generation: 0,
             dead: false,
             io_count: 0,
@@ -324,7 +327,15 @@ impl Disk {
         let Some(&number) = self.entries.get(id) else {
             return Err(io::Error::new(io::ErrorKind::NotFound, format!("simulated: no {id:?}")));
         };
+        let open = |disk: &Self| disk.inodes.values().filter(|inode| inode.is_open()).count();
+        if self.open_limit < usize::MAX && *id != FileId::Data && open(self) > self.open_limit {
+            return Err(io::Error::other("simulated: too many open files"));
+        }
         Ok((number, self.inode(number).open_token()))
+    }
+
+    pub(super) fn set_open_limit(&mut self, files: usize) {
+        self.open_limit = files;
     }
 
     pub(super) fn open_alone(&mut self, generation: u64, id: &FileId) -> io::Result<Option<(u64, Arc<()>)>> {

@@ -1,7 +1,8 @@
 //! Which files in the log directory make up the log.
 //!
 //! Segments in the order of their numbers; one that starts lower than an earlier one supersedes it. Files with an all-zero
-//! header were prepared and never used.
+//! header were prepared and never used. Of a file only its header is read here, and it is not kept open: a log may have more segments than
+//! a process may have open files.
 //!
 //! Invariant: a file is called stale only on positive evidence (a later segment supersedes it, its header was never written, or it is
 //! proven not to lead to its successor), never because something else is damaged.
@@ -12,17 +13,20 @@ use super::{
 };
 
 /// A segment with a valid header.
-pub(super) struct Found<F> {
-    pub(super) file: F,
+pub(super) struct Found {
     pub(super) header: SegmentHeader,
     crc: u32,
     file_bytes: u64,
 }
 
-impl<F: StoreFile> Found<F> {
-    pub(super) fn cursor(&self) -> Result<Cursor<F>, ScanError> {
-        Cursor::new(self.file.clone(), self.header.clone(), self.crc)
-            .map_err(io_error(format!("open {}", self.header.name)))
+impl Found {
+    /// At the beginning of its content.
+    pub(super) fn cursor<S: Store>(&self, store: &S) -> Result<Cursor<S::File>, ScanError> {
+        let name = self.header.name;
+        store
+            .open(&FileId::Segment(name))
+            .and_then(|file| Cursor::new(file, self.header.clone(), self.crc))
+            .map_err(io_error(format!("open {name}")))
     }
 
     pub(super) fn meta(&self) -> SegmentMeta {
@@ -34,8 +38,8 @@ impl<F: StoreFile> Found<F> {
     }
 
     /// Whether the content leads to exactly the beginning of `next`.
-    fn leads_to(&self, next: &SegmentHeader) -> Result<bool, ScanError> {
-        let mut cursor = self.cursor()?;
+    fn leads_to<S: Store>(&self, store: &S, next: &SegmentHeader) -> Result<bool, ScanError> {
+        let mut cursor = self.cursor(store)?;
         loop {
             let step = cursor
                 .next(next.start_lsn)
@@ -50,13 +54,13 @@ impl<F: StoreFile> Found<F> {
 }
 
 /// See the module.
-pub(super) struct Inventory<F> {
+pub(super) struct Inventory {
     /// What makes up the log, ascending.
-    pub(super) segments: Vec<Found<F>>,
+    pub(super) segments: Vec<Found>,
     /// What does not.
     pub(super) stale: Vec<SegmentName>,
     /// Segments that a later one has superseded.
-    pub(super) superseded: Vec<Found<F>>,
+    pub(super) superseded: Vec<Found>,
     /// Files whose header is damaged.
     pub(super) damaged: Vec<SegmentName>,
     pub(super) next_number: u32,
@@ -68,9 +72,9 @@ fn is_witness(earlier: &SegmentHeader, later: &SegmentHeader) -> bool {
     earlier.start_lsn == later.start_lsn && earlier.epoch.id == parent.epoch && parent.lsn == later.start_lsn
 }
 
-impl<F: StoreFile> Inventory<F> {
+impl Inventory {
     /// Reads all headers.
-    pub(super) fn take<S: Store<File = F>>(store: &S, params: &ScanParams) -> Result<Self, ScanError> {
+    pub(super) fn take<S: Store>(store: &S, params: &ScanParams) -> Result<Self, ScanError> {
         let files = store.list().map_err(io_error("list the log directory"))?;
         let mut names: Vec<SegmentName> = files
             .into_iter()
@@ -101,7 +105,7 @@ impl<F: StoreFile> Inventory<F> {
         Ok(inventory)
     }
 
-    fn add<S: Store<File = F>>(&mut self, store: &S, params: &ScanParams, name: SegmentName) -> Result<(), ScanError> {
+    fn add<S: Store>(&mut self, store: &S, params: &ScanParams, name: SegmentName) -> Result<(), ScanError> {
         let file = store
             .open(&FileId::Segment(name))
             .map_err(io_error(format!("open {name}")))?;
@@ -134,7 +138,6 @@ impl<F: StoreFile> Inventory<F> {
         }
         let file_bytes = file.size().map_err(io_error(format!("size of {name}")))?;
         self.segments.push(Found {
-            file,
             header,
             crc,
             file_bytes,
@@ -143,7 +146,7 @@ impl<F: StoreFile> Inventory<F> {
     }
 
     /// Segments before `index` that do not lead to it are left-overs of a removal that was interrupted. Returns the new index.
-    pub(super) fn forget_strangers_before(&mut self, index: usize) -> Result<usize, ScanError> {
+    pub(super) fn forget_strangers_before<S: Store>(&mut self, store: &S, index: usize) -> Result<usize, ScanError> {
         for later in (1..=index).rev() {
             let header = &self.segments[later].header;
             let earlier = &self.segments[later - 1];
@@ -154,7 +157,7 @@ impl<F: StoreFile> Inventory<F> {
                 .damaged
                 .iter()
                 .any(|name| (earlier.header.name..header.name).contains(name));
-            if hidden || earlier.leads_to(header)? {
+            if hidden || earlier.leads_to(store, header)? {
                 continue;
             }
             let strangers: Vec<SegmentName> = self.segments.drain(..later).map(|found| found.header.name).collect();

@@ -1,17 +1,20 @@
-//! Log that is applied and only kept for others.
+//! A start that finds much log: what is applied and only kept for others is not read, and not held open.
 
-use super::pair::{catch_up, pair};
+use super::pair::{catch_up, disk, pair};
 use super::{DEVICE, come_back, designation, for_seeds, ok, primary};
-use crate::api::{Cause, Command, Compression, Fault, Switches};
+use crate::api::{Cause, Command, Compression, Fault, Role, Switches};
 use crate::format::record::Record;
 use crate::log::serve::SegmentLog;
 use crate::replication::histories::prefix;
 use crate::replication::messages::{FetchItem, FetchOpen, Refused};
 use crate::replication::source::SourceStream;
-use crate::store::FileId;
+use crate::store::{FileId, Store, StoreFile};
+use crate::store_sim::Op;
 use crate::testing::{Load, Rig};
 use crate::types::ReplicaId;
 use uuid::Uuid;
+
+const HEADER_BYTES: u64 = 512;
 
 /// A primary that keeps so many segments, all of them applied but the last, for a member that is away.
 fn with_backlog(seed: u64, segments: usize) -> (Rig, Load) {
@@ -26,6 +29,134 @@ fn with_backlog(seed: u64, segments: usize) -> (Rig, Load) {
     let status = rig.owner().status();
     assert_eq!(status.applied, status.durable, "everything is written back");
     (rig, load)
+}
+
+/// Bytes read from such files since tracing began.
+fn bytes_read(rig: &Rig, which: fn(&FileId) -> bool) -> u64 {
+    let trace = rig.store.take_trace();
+    let reads = trace
+        .iter()
+        .filter(|event| event.op == Op::Read && event.file.as_ref().is_some_and(which));
+    reads.map(|event| event.range.len).sum()
+}
+
+fn is_segment(id: &FileId) -> bool {
+    matches!(id, FileId::Segment(_))
+}
+
+fn is_summary(id: &FileId) -> bool {
+    matches!(id, FileId::Summary(_))
+}
+
+#[test]
+fn of_log_that_is_applied_a_start_reads_the_headers_and_one_segment() {
+    for_seeds(3, |seed| {
+        for segments in [20, 80] {
+            let (mut rig, mut load) = with_backlog(seed, segments);
+            rig.kill();
+            rig.store.set_trace(true);
+            rig.open().unwrap();
+            let read = bytes_read(&rig, is_segment);
+            let kept = rig.owner().log_view().segments.len() as u64;
+            assert!(kept >= segments as u64 - 1, "the backlog is still there");
+            // A segment that holds the applied position, what stands behind its end, one that was prepared.
+            let bound = (kept + 4) * HEADER_BYTES + 3 * rig.params.tuning.segment_bytes;
+            assert!(read <= bound, "{segments} segments: {read} bytes read, at most {bound}");
+            come_back(&mut rig).unwrap();
+            load.write(&mut rig, false);
+            load.collect(&mut rig);
+            assert!(rig.content() == load.newest());
+        }
+    });
+}
+
+#[test]
+fn a_start_does_not_open_all_segments_at_the_same_time() {
+    let (mut rig, load) = with_backlog(4, 60);
+    rig.kill();
+    rig.store.set_open_limit(8);
+    rig.open().unwrap();
+    come_back(&mut rig).unwrap();
+    assert!(rig.content() == load.newest());
+}
+
+/// The member that is away holds back summaries even when log was given up.
+#[test]
+fn of_summaries_a_start_reads_the_fixed_part() {
+    let mut params = crate::testing::small_params(1, 6);
+    params.tuning.retention_bytes = 256 << 10;
+    let mut rig = Rig::create_with(params, 6, DEVICE);
+    ok(rig.command(Command::Promote {
+        designation: designation(1),
+        cause: Cause::Create,
+    }));
+    let mut load = Load::new(DEVICE);
+    ok(rig.command(Command::SetMembers(vec![ReplicaId(Uuid::from_u128(77))])));
+    let summaries = |rig: &Rig| {
+        let mut files = rig.store.list().unwrap();
+        files.retain(is_summary);
+        files
+    };
+    while summaries(&rig).len() < 40 {
+        load.write(&mut rig, false);
+        rig.settle();
+    }
+    let kept = summaries(&rig);
+    let sizes = kept.iter().map(|id| rig.store.open(id).unwrap().size().unwrap());
+    let whole: u64 = sizes.sum();
+    rig.kill();
+    rig.store.set_trace(true);
+    rig.open().unwrap();
+    let read = bytes_read(&rig, is_summary);
+    assert!(
+        read <= kept.len() as u64 * 128 && read < whole,
+        "{read} of {whole} bytes"
+    );
+    rig.settle();
+    let still = summaries(&rig);
+    assert!(
+        kept.iter().all(|id| still.contains(id)),
+        "they are kept as long as before"
+    );
+}
+
+/// Log behind a defect is evidence, and kept; but how much of it there is does not matter to a start.
+#[test]
+fn of_log_behind_a_defect_a_start_reads_the_headers_and_one_segment() {
+    let (mut a, mut b, mut load) = pair(5);
+    a.store.set_log_capacity(256 << 20);
+    ok(b.command(Command::SetSwitches(Switches {
+        replay: false,
+        ..Switches::default()
+    })));
+    while b.owner().log_view().segments.len() < 40 {
+        load.write(&mut a, true);
+        a.settle();
+        catch_up(&mut a, &mut b);
+    }
+    load.collect(&mut a);
+    let durable = b.owner().status().durable;
+    let damaged = b.owner().log_view().segments[2].name;
+    b.kill();
+    b.store.flip_bit(&FileId::Segment(damaged), (4096 + 128 + 20) * 8);
+    for _ in 0..3 {
+        b.store.set_trace(true);
+        b.open().unwrap();
+        let read = bytes_read(&b, is_segment);
+        let bound = 45 * HEADER_BYTES + 6 * b.params.tuning.segment_bytes;
+        assert!(read <= bound, "{read} bytes read, at most {bound}");
+        assert!(matches!(b.owner().status().faults[..], [Fault::LogDefect { .. }]));
+        b.settle();
+        b.kill();
+    }
+    b.open().unwrap();
+    catch_up(&mut a, &mut b);
+    assert!(b.owner().status().durable.lsn >= durable.lsn);
+    assert!(b.owner().status().faults.is_empty(), "{:?}", b.owner().status().faults);
+    ok(b.command(Command::SetSwitches(Switches::default())));
+    b.settle();
+    assert_eq!(b.owner().status().role, Role::Secondary);
+    assert!(disk(&b) == load.newest());
 }
 
 /// What a member gets that asks from the beginning of the log: so many records, and why it ended.
