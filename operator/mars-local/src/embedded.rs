@@ -32,7 +32,7 @@ pub enum StartError {
     Setup(#[from] ApiSetupError),
     /// The address cannot be used.
     #[error(
-        "the API cannot listen on {address}: {source}; another mars-local or program has the port? choose one with --listen"
+        "the API cannot listen on {address}: {source}; another mars-local or program has the port? choose another address (mars-local up: --api, mars-local api: --listen)"
     )]
     Listen {
         /// Address.

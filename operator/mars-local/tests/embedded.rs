@@ -111,7 +111,7 @@ async fn a_taken_port_and_a_foreign_address_are_refused_with_advice() {
     };
     let error = EmbeddedApi::start(&dir.path().join("two"), setup).await.err().unwrap();
     assert!(
-        matches!(error, StartError::Listen { .. }) && error.to_string().contains("--listen"),
+        matches!(error, StartError::Listen { .. }) && error.to_string().contains("up: --api"),
         "{error}"
     );
     let setup = Setup {

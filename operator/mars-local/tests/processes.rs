@@ -370,6 +370,13 @@ async fn down_ends_everything_keeps_the_data_and_up_starts_again() {
     );
     cluster.ok(&["down", "--purge"]);
     assert!(!cluster.state().exists());
+    // Whoever names the wrong directory hears of it: the cluster he means still runs.
+    assert!(cluster.fails(&["down"]).contains("holds no cluster"));
+    std::fs::create_dir(cluster.state()).unwrap();
+    assert!(cluster.fails(&["down"]).contains("holds no cluster"));
+    std::fs::write(cluster.state().join("precious"), "data").unwrap();
+    assert!(cluster.fails(&["down", "--purge"]).contains("holds no cluster"));
+    assert!(cluster.state().join("precious").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -387,8 +394,12 @@ async fn a_second_up_a_taken_port_and_a_foreign_directory_are_refused_and_start_
     assert_eq!(cluster.pids(), before);
     let other = |state: &Path, api: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mars-local"));
+        command.arg("up");
+        if !api.is_empty() {
+            command.args(["--api", api]);
+        }
         command
-            .args(["up", "--api", api, "--state"])
+            .arg("--state")
             .arg(state)
             .env("MARS_BIN_DIR", cluster.dir.path().join("bin"));
         let output = command.output().unwrap();
@@ -399,6 +410,14 @@ async fn a_second_up_a_taken_port_and_a_foreign_directory_are_refused_and_start_
     let fresh = cluster.dir.path().join("fresh");
     assert!(other(&fresh, &taken).contains(&taken));
     assert!(!fresh.exists(), "nothing is left behind");
+    // The default port, too; it is left out where somebody else has it.
+    if let Ok(held) = std::net::TcpListener::bind(("127.0.0.1", 7780)) {
+        let said = other(&fresh, "");
+        assert!(said.contains("127.0.0.1:7780") && said.contains("--api"), "{said}");
+        assert!(!said.contains("--listen") && !fresh.exists(), "{said}");
+        drop(held);
+    }
+    assert!(other(&fresh, "192.0.2.1:7780").contains("loopback") && !fresh.exists());
     let foreign = cluster.dir.path().join("foreign");
     std::fs::create_dir(&foreign).unwrap();
     std::fs::write(foreign.join("precious"), "data").unwrap();

@@ -16,6 +16,8 @@ const FORMAT: u32 = 1;
 const REPLICATION_PORT: u16 = 7777;
 /// Last byte of the first node's address.
 const FIRST_ADDRESS: u8 = 11;
+/// Where the API of a new cluster listens unless told otherwise.
+pub(super) const DEFAULT_API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7780);
 /// Most nodes of one cluster.
 const MOST_NODES: usize = 26;
 
@@ -175,7 +177,7 @@ impl ClusterConfig {
         Ok(Self {
             format: FORMAT,
             cluster_uuid: Uuid::new_v4(),
-            api: SocketAddr::from(([127, 0, 0, 1], 7780)),
+            api: DEFAULT_API,
             frontend: "auto".into(),
             agent_args: Vec::new(),
             nodes: Vec::new(),

@@ -5,13 +5,13 @@
 //!   supervision: agents, keepers and devices run on, and the next `up` adopts them.
 //! - `down` removes nothing that is in use unless forced, and never data unless told to purge.
 
-use super::config::Wish;
+use super::config::{ConfigError, DEFAULT_API, Wish};
 use super::control::{self, Request};
 use super::node::{Node, program};
 use super::operator::{NAMESPACE, OperatorSlot};
 use super::process::Process;
 use super::{ClusterConfig, StateDir, file_error, supervise, write_private};
-use crate::embedded::{DEFAULT_HISTORY_LIMIT, EmbeddedApi, Setup, kubeconfig};
+use crate::embedded::{DEFAULT_HISTORY_LIMIT, EmbeddedApi, Setup, StartError, kubeconfig};
 use anyhow::{Context as _, bail};
 use kube::api::{Api, ListParams};
 use mars_crds::{CLUSTER_SECRET, CLUSTER_UUID_KEY, MarsNode};
@@ -66,17 +66,25 @@ fn preflight() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Before anything is written: a taken port must not leave half a cluster behind.
+fn check_port(state: &StateDir, wish: Option<SocketAddr>) -> anyhow::Result<()> {
+    let recorded = || ClusterConfig::load(state).ok().map(|config| config.api);
+    let api = wish.or_else(recorded).unwrap_or(DEFAULT_API);
+    if !api.ip().is_loopback() {
+        return Err(StartError::NotLoopback(api).into());
+    }
+    std::net::TcpListener::bind(api).map(drop).with_context(|| {
+        format!("the API cannot listen on {api} (another mars-local up, or another program?); choose another address with --api")
+    })
+}
+
 /// Runs a cluster until SIGINT or SIGTERM; prints `ready` on stdout once all wanted nodes are there.
 ///
 /// # Errors
 /// Not root, programs missing, port taken, a state directory that cannot be used.
 pub async fn up(state: &StateDir, options: UpOptions, stop: CancellationToken) -> anyhow::Result<()> {
     preflight()?;
-    if let Some(api) = options.api {
-        // Before anything is written: a taken port must not leave half a cluster behind.
-        std::net::TcpListener::bind(api)
-            .with_context(|| format!("the API cannot listen on {api}; choose another with --api"))?;
-    }
+    check_port(state, options.api)?;
     let no_operator = options.no_operator;
     let up = Up::prepare(state, options).await?;
     let pid_file = state.join("run/up.json");
@@ -295,15 +303,13 @@ async fn control_loop(socket: std::path::PathBuf, api: Arc<EmbeddedApi>, operato
 /// Ends everything the cluster runs; with `purge` also removes the state directory.
 ///
 /// # Errors
-/// A device is in use (without `force`), or a process does not end.
+/// No cluster there, a device is in use (without `force`), or a process does not end.
 pub fn down(state: &StateDir, force: bool, purge: bool) -> anyhow::Result<()> {
-    if !state.path().exists() {
-        return Ok(());
-    }
     let config = match ClusterConfig::load(state) {
-        Ok(config) => config,
-        Err(super::ConfigError::Absent(_)) if is_empty_dir(state) => return Ok(()),
-        Err(error) => return Err(error.into()),
+        Err(ConfigError::Absent(path)) => {
+            bail!("{path} holds no cluster, nothing was ended; name the directory of the cluster with --state")
+        }
+        loaded => loaded?,
     };
     let nodes: Vec<Node> = config
         .nodes
@@ -349,10 +355,6 @@ pub fn down(state: &StateDir, force: bool, purge: bool) -> anyhow::Result<()> {
         std::fs::remove_dir_all(state.path()).with_context(|| format!("removing {}", state.path().display()))?;
     }
     Ok(())
-}
-
-fn is_empty_dir(state: &StateDir) -> bool {
-    std::fs::read_dir(state.path()).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// What runs, as a table for people.
