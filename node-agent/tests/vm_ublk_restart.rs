@@ -51,9 +51,17 @@ fn killed_under_fio(engine: Engine, kills: u32) {
     let identity = (served.numbers.clone(), served.diskseq.clone());
     for round in 0..kills {
         let before = served.sysfs("stat");
-        wait_until("I/O between two kills", || served.sysfs("stat") != before);
+        let mut ended = false;
+        wait_until("I/O between two kills", || {
+            ended = fio.try_wait().unwrap().is_some();
+            ended || served.sysfs("stat") != before
+        });
+        if ended {
+            // It says why.
+            common::assert_fio_clean(fio);
+            panic!("fio ended after kill {round}");
+        }
         served.kill();
-        assert!(fio.try_wait().unwrap().is_none(), "fio ended after kill {round}");
         served = rig.serve(engine, &[]);
         assert_eq!(
             (&served.numbers, &served.diskseq),

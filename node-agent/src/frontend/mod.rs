@@ -17,6 +17,7 @@ pub mod harden;
 pub mod link;
 pub mod loopback;
 pub(crate) mod loopdev;
+pub(crate) mod resident;
 pub mod stacked;
 mod sysfs;
 mod ublk;

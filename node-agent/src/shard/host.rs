@@ -7,6 +7,7 @@
 use super::engine::{Engine, Job, Step, now};
 use super::pool::{JobPool, JobResult};
 use super::wake::Wake;
+use crate::frontend::resident::Buffers;
 use mars_engine::api::{Command, CommandId, Io, IoResult, LogView, ReplicaStatus, Reply, Submitted};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -39,9 +40,9 @@ pub(crate) trait Source: Send {
     /// Whether it may take requests now; `false` holds them back in the kernel until enough have been answered.
     fn accepts(&self) -> bool;
     /// Takes a bounded number of requests. `submit` returns the tag under which a later answer comes.
-    fn receive(&mut self, buffer: &mut Vec<u8>, submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) -> Received;
+    fn receive(&mut self, buffers: &mut Buffers, submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) -> Received;
     /// Answers a request; a tag that is not (or no longer) known is ignored.
-    fn complete(&mut self, tag: u64, result: IoResult);
+    fn complete(&mut self, buffers: &mut Buffers, tag: u64, result: IoResult);
 }
 
 /// What [`Source::receive`] found.

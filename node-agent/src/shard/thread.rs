@@ -7,6 +7,7 @@ use super::engine::now;
 use super::host::{Host, Message, Received, Source, Taken};
 use super::pool::panic_message;
 use super::wake::Wake;
+use crate::frontend::resident::Buffers;
 use rustix::event::{Timespec, epoll};
 use rustix::fd::OwnedFd;
 use std::collections::HashMap;
@@ -45,7 +46,7 @@ impl ShardThread {
             wake: wake.clone(),
             incoming,
             seats: HashMap::new(),
-            buffer: Vec::new(),
+            buffers: Buffers::new()?,
             open: true,
         };
         std::thread::Builder::new()
@@ -88,8 +89,8 @@ struct Shard {
     wake: Arc<Wake>,
     incoming: Receiver<Box<Host>>,
     seats: HashMap<u64, Seat>,
-    /// Where requests are read; one for all devices of the thread, since an engine copies what it keeps.
-    buffer: Vec<u8>,
+    /// For all devices of the thread, since an engine copies what it keeps.
+    buffers: Buffers,
     open: bool,
 }
 
@@ -164,8 +165,8 @@ impl Shard {
     /// One turn of one replica: messages and job results, then requests, then everything the engine wants done.
     fn turn(&mut self, id: u64, source_ready: bool) {
         let Some(mut seat) = self.seats.remove(&id) else { return };
-        let (epoll, buffer) = (&self.epoll, &mut self.buffer);
-        match catch_unwind(AssertUnwindSafe(|| seat.turn(epoll, buffer, source_ready))) {
+        let (epoll, buffers) = (&self.epoll, &mut self.buffers);
+        match catch_unwind(AssertUnwindSafe(|| seat.turn(epoll, buffers, source_ready))) {
             Ok(After::Stays) => {
                 self.seats.insert(id, seat);
             }
@@ -216,7 +217,7 @@ impl Shard {
 }
 
 impl Seat {
-    fn turn(&mut self, epoll: &OwnedFd, buffer: &mut Vec<u8>, source_ready: bool) -> After {
+    fn turn(&mut self, epoll: &OwnedFd, buffers: &mut Buffers, source_ready: bool) -> After {
         self.host.wake.clear();
         let after = loop {
             match self.host.take_messages() {
@@ -237,27 +238,27 @@ impl Seat {
             }
         };
         if source_ready {
-            self.receive(epoll, buffer);
+            self.receive(epoll, buffers);
         }
-        self.pump();
+        self.pump(buffers);
         self.arm(epoll);
         after
     }
 
-    fn receive(&mut self, epoll: &OwnedFd, buffer: &mut Vec<u8>) {
+    fn receive(&mut self, epoll: &OwnedFd, buffers: &mut Buffers) {
         let Some(source) = &mut self.source else { return };
         let host = &mut self.host;
-        if source.receive(buffer, &mut |io| host.submit(io)) == Received::Ended {
+        if source.receive(buffers, &mut |io| host.submit(io)) == Received::Ended {
             debug!(replica = self.host.name, "the kernel's side of the device is gone");
             self.remove_source(epoll);
         }
     }
 
-    fn pump(&mut self) {
+    fn pump(&mut self, buffers: &mut Buffers) {
         let source = &mut self.source;
         self.host.pump(&mut |tag, result| {
             if let Some(source) = source {
-                source.complete(tag, result);
+                source.complete(buffers, tag, result);
             }
         });
     }

@@ -110,11 +110,7 @@ fn answer_init(fuse: &OwnedFd) -> io::Result<Negotiated> {
         .u32(1)
         .u16(pages)
         .u16(0);
-    wire::answer(
-        rustix::fd::AsFd::as_fd(fuse),
-        request.unique,
-        0,
-        &sizes.u32(high).zeros(28).bytes(),
-    )?;
+    let (unique, body) = (request.unique, sizes.u32(high).zeros(28).bytes());
+    wire::answer(rustix::fd::AsFd::as_fd(fuse), &mut [0; 256], unique, 0, &body)?;
     Ok(Negotiated { minor, flags })
 }

@@ -10,3 +10,4 @@ mod wire;
 
 pub(crate) use connect::{Connection, Negotiated, connect};
 pub(crate) use server::FuseServer;
+pub(crate) use wire::BUFFER_BYTES as MESSAGE_BYTES;

@@ -4,6 +4,7 @@
 //! the owner has not answered is bounded by number and by bytes: beyond that requests stay in the kernel.
 
 use super::wire::{self, Op, Request};
+use crate::frontend::resident::Buffers;
 use crate::shard::host::{Received, Source};
 use mars_engine::api::{Io, IoResult, Submitted};
 use mars_engine::types::{ByteRange, SECTOR_BYTES};
@@ -61,7 +62,7 @@ impl FuseServer {
         wire::resend(self.fuse.as_fd())
     }
 
-    fn handle(&mut self, request: &Request<'_>, submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) {
+    fn handle(&mut self, request: &Request<'_>, buffer: &mut [u8], submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) {
         let Request { unique, inode, op } = request;
         let size = self.size_bytes.load(Ordering::Acquire);
         match *op {
@@ -77,28 +78,35 @@ impl FuseServer {
                             written,
                         },
                         io,
+                        buffer,
                         submit,
                     );
                 }
-                Err(errno) => self.answer(*unique, errno, &[]),
+                Err(errno) => self.answer(buffer, *unique, errno, &[]),
             },
             Op::Lookup { name } if *inode == wire::ROOT_INODE && name == self.file_name => {
-                self.answer(*unique, 0, &wire::entry(size));
+                self.answer(buffer, *unique, 0, &wire::entry(size));
             }
-            Op::Lookup { .. } => self.answer(*unique, libc::ENOENT, &[]),
-            Op::Attributes => self.answer(*unique, 0, &wire::attributes(*inode, size)),
-            Op::Open => self.answer(*unique, 0, &wire::opened()),
-            Op::StatFs => self.answer(*unique, 0, &wire::file_system(size)),
-            Op::Release => self.answer(*unique, 0, &[]),
+            Op::Lookup { .. } => self.answer(buffer, *unique, libc::ENOENT, &[]),
+            Op::Attributes => self.answer(buffer, *unique, 0, &wire::attributes(*inode, size)),
+            Op::Open => self.answer(buffer, *unique, 0, &wire::opened()),
+            Op::StatFs => self.answer(buffer, *unique, 0, &wire::file_system(size)),
+            Op::Release => self.answer(buffer, *unique, 0, &[]),
             Op::Silent => {}
             // INIT was answered when the connection was made; a second one is not in the protocol.
-            Op::Init { .. } | Op::Unknown => self.answer(*unique, libc::ENOSYS, &[]),
+            Op::Init { .. } | Op::Unknown => self.answer(buffer, *unique, libc::ENOSYS, &[]),
         }
     }
 
-    fn submit(&mut self, pending: Pending, io: Io<'_>, submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) {
+    fn submit(
+        &mut self,
+        pending: Pending,
+        io: Io<'_>,
+        buffer: &mut [u8],
+        submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted),
+    ) {
         match submit(io) {
-            (_, Submitted::Now(result)) => self.finish(&pending, &result),
+            (_, Submitted::Now(result)) => self.finish(buffer, &pending, &result),
             (tag, Submitted::Later) => {
                 self.write_bytes += pending.written.map_or(0, u64::from);
                 self.in_flight.insert(tag, pending);
@@ -106,17 +114,17 @@ impl FuseServer {
         }
     }
 
-    fn finish(&self, pending: &Pending, result: &IoResult) {
+    fn finish(&self, buffer: &mut [u8], pending: &Pending, result: &IoResult) {
         match (result, pending.written) {
-            (IoResult::Data(data), _) => self.answer(pending.unique, 0, data),
-            (IoResult::Done, Some(len)) => self.answer(pending.unique, 0, &wire::written(len)),
-            (IoResult::Done, None) => self.answer(pending.unique, 0, &[]),
-            (IoResult::Errno(errno), _) => self.answer(pending.unique, *errno, &[]),
+            (IoResult::Data(data), _) => self.answer(buffer, pending.unique, 0, data),
+            (IoResult::Done, Some(len)) => self.answer(buffer, pending.unique, 0, &wire::written(len)),
+            (IoResult::Done, None) => self.answer(buffer, pending.unique, 0, &[]),
+            (IoResult::Errno(errno), _) => self.answer(buffer, pending.unique, *errno, &[]),
         }
     }
 
-    fn answer(&self, unique: u64, errno: i32, body: &[u8]) {
-        if let Err(error) = wire::answer(self.fuse.as_fd(), unique, errno, body)
+    fn answer(&self, buffer: &mut [u8], unique: u64, errno: i32, body: &[u8]) {
+        if let Err(error) = wire::answer(self.fuse.as_fd(), buffer, unique, errno, body)
             && error.raw_os_error() != Some(libc::ENODEV)
         {
             // EINVAL here means that the answer was malformed: the request would hang, so it must be seen.
@@ -170,16 +178,15 @@ impl Source for FuseServer {
         self.in_flight.len() < MAX_IN_FLIGHT && self.write_bytes < MAX_WRITE_BYTES
     }
 
-    fn receive(&mut self, buffer: &mut Vec<u8>, submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) -> Received {
-        buffer.reserve(wire::BUFFER_BYTES);
+    fn receive(&mut self, buffers: &mut Buffers, submit: &mut dyn FnMut(Io<'_>) -> (u64, Submitted)) -> Received {
+        let Buffers { request, answer } = buffers;
         for _ in 0..TURN_REQUESTS {
             if !self.accepts() {
                 break;
             }
-            buffer.clear();
-            match rustix::io::read(&self.fuse, rustix::buffer::spare_capacity(buffer)) {
-                Ok(_) => match wire::parse(buffer) {
-                    Ok(request) => self.handle(&request, submit),
+            match rustix::io::read(&self.fuse, &mut **request) {
+                Ok(len) => match wire::parse(&request[..len]) {
+                    Ok(request) => self.handle(&request, answer, submit),
                     Err(error) => error!(%error, "request of the device dropped"),
                 },
                 Err(rustix::io::Errno::AGAIN) => break,
@@ -195,13 +202,13 @@ impl Source for FuseServer {
         Received::Some
     }
 
-    fn complete(&mut self, tag: u64, result: IoResult) {
+    fn complete(&mut self, buffers: &mut Buffers, tag: u64, result: IoResult) {
         let Some(pending) = self.in_flight.remove(&tag) else {
             debug!(tag, "an answer for a request of an earlier device");
             return;
         };
         self.write_bytes -= pending.written.map_or(0, u64::from);
-        self.finish(&pending, &result);
+        self.finish(&mut buffers.answer, &pending, &result);
     }
 }
 

@@ -3,8 +3,8 @@
 //! Invariant: parsing never reads behind the message the kernel delivered, and an operation that is not known is
 //! answered with ENOSYS, which tells the kernel never to ask again.
 
-use rustix::fd::{AsFd, BorrowedFd};
-use std::io::{self, IoSlice};
+use rustix::fd::BorrowedFd;
+use std::io;
 
 /// Size of the header of each request (bytes).
 pub(super) const IN_HEADER_BYTES: usize = 40;
@@ -15,7 +15,7 @@ const OUT_HEADER_BYTES: usize = 16;
 /// Largest payload of one request (bytes).
 pub(super) const MAX_IO_BYTES: u32 = 1 << 20;
 /// What a read of /dev/fuse must offer: payload and headers.
-pub(super) const BUFFER_BYTES: usize = MAX_IO_BYTES as usize + 8192;
+pub(crate) const BUFFER_BYTES: usize = MAX_IO_BYTES as usize + 8192;
 /// Inode number of the root directory, given by the protocol.
 pub(super) const ROOT_INODE: u64 = 1;
 /// Inode number of the volume file.
@@ -166,10 +166,12 @@ fn parse_op(opcode: u32, body: &[u8]) -> Option<Op<'_>> {
     })
 }
 
-/// Writes one answer; the request may have been given up meanwhile, which is no error.
-pub(super) fn answer(fuse: BorrowedFd<'_>, unique: u64, errno: i32, body: &[u8]) -> io::Result<()> {
-    let header = header(OUT_HEADER_BYTES + body.len(), -errno, unique);
-    match rustix::io::writev(fuse.as_fd(), &[IoSlice::new(&header), IoSlice::new(body)]) {
+/// Writes one answer, put together in `buffer`; the request may have been given up meanwhile, which is no error.
+pub(super) fn answer(fuse: BorrowedFd<'_>, buffer: &mut [u8], unique: u64, errno: i32, body: &[u8]) -> io::Result<()> {
+    let len = OUT_HEADER_BYTES + body.len();
+    buffer[..OUT_HEADER_BYTES].copy_from_slice(&header(len, -errno, unique));
+    buffer[OUT_HEADER_BYTES..len].copy_from_slice(body);
+    match rustix::io::write(fuse, &buffer[..len]) {
         Ok(_) | Err(rustix::io::Errno::NOENT) => Ok(()),
         Err(error) => Err(error.into()),
     }
