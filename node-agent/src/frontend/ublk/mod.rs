@@ -34,7 +34,7 @@ use rustix::fs::{Mode, OFlags};
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::{error, info};
 
@@ -49,12 +49,22 @@ struct Running {
     id: u32,
     /// The owner comes back through this when the device is gone.
     returned: Receiver<Box<Host>>,
+    /// Disconnected when its control thread has ended. That thread tidies up, too, after its queue: nobody else may delete the
+    /// device before.
+    ended: Receiver<()>,
 }
 
 fn failed(what: &str, error: &UblkError) -> FrontendError {
     FrontendError::Io {
         what: format!("ublk: {what}"),
         source: io::Error::other(format!("{error:?}")),
+    }
+}
+
+fn did_not_end(id: u32) -> FrontendError {
+    FrontendError::Io {
+        what: format!("ublk device {id}"),
+        source: io::Error::new(io::ErrorKind::TimedOut, "its thread did not end; restart the agent"),
     }
 }
 
@@ -75,6 +85,7 @@ impl UblkFrontend {
         let host = seat.mailbox.ask_blocking(Message::Leave)?;
         let (ready_to, ready) = channel();
         let (returned_to, returned) = channel();
+        let (alive, ended) = channel();
         let served = Arc::new(Mutex::new(Some((host, returned_to))));
         let setup = Setup {
             params: params.clone(),
@@ -83,9 +94,10 @@ impl UblkFrontend {
             served: served.clone(),
         };
         let name = format!("mars-ublk-{}", params.name);
-        let spawned = std::thread::Builder::new()
-            .name(name)
-            .spawn(move || device::run(&setup, &ready_to));
+        let spawned = std::thread::Builder::new().name(name).spawn(move || {
+            device::run(&setup, &ready_to);
+            drop(alive);
+        });
         let started = match spawned {
             Ok(_) => ready
                 .recv_timeout(DEVICE_WAIT)
@@ -94,7 +106,7 @@ impl UblkFrontend {
         };
         let (id, text) = match started {
             Ok(id) => {
-                self.running().insert(params.replica, Running { id, returned });
+                self.running().insert(params.replica, Running { id, returned, ended });
                 return Ok(id);
             }
             Err(failure) => failure,
@@ -104,7 +116,7 @@ impl UblkFrontend {
         match (untaken, id) {
             (Some((host, _)), _) => seat.runtime.place(host),
             (None, Some(id)) => {
-                self.running().insert(params.replica, Running { id, returned });
+                self.running().insert(params.replica, Running { id, returned, ended });
                 self.stop(params.replica, recover.is_none(), None, seat)?;
             }
             (None, None) => error!(replica = %params.replica, "a ublk device hangs while it starts: restart the agent"),
@@ -117,16 +129,16 @@ impl UblkFrontend {
 
     /// Stops the device and gives the owner back to a shard. `claim` is released once nobody can open the device any more.
     fn stop(&self, replica: ReplicaId, delete: bool, claim: Option<OwnedFd>, seat: &Seat) -> Result<(), FrontendError> {
-        let Some(Running { id, returned }) = self.running().remove(&replica) else {
+        let Some(Running { id, returned, ended }) = self.running().remove(&replica) else {
             return Ok(());
         };
         control::stop(id)?;
         drop(claim);
-        let host = returned.recv_timeout(DEVICE_WAIT).map_err(|_| FrontendError::Io {
-            what: format!("ublk device {id}"),
-            source: io::Error::new(io::ErrorKind::TimedOut, "its thread did not end; restart the agent"),
-        })?;
+        let host = returned.recv_timeout(DEVICE_WAIT).map_err(|_| did_not_end(id))?;
         seat.runtime.place(host);
+        if ended.recv_timeout(DEVICE_WAIT) == Err(RecvTimeoutError::Timeout) {
+            return Err(did_not_end(id));
+        }
         if delete {
             control::delete(id)?;
             self.records.remove(replica)?;
