@@ -15,7 +15,7 @@ use crate::reconcile::supervisor::Request;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use mars_crds::Size;
 use mars_crds::conditions::{self, Truth};
-use mars_crds::node::{Frontend, MarsNodeSpec, MarsNodeStatus, PoolStatus, StoreSpace};
+use mars_crds::node::{Forgotten, Frontend, MarsNodeSpec, MarsNodeStatus, PoolStatus, StoreSpace};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -162,8 +162,8 @@ impl NodeReporter {
     }
 
     async fn status(&self, spec: &MarsNodeSpec, previous: &[Condition]) -> MarsNodeStatus {
-        let node = self.node.clone();
-        let looked = tokio::task::spawn_blocking(move || look(&node)).await;
+        let (node, forgotten) = (self.node.clone(), spec.forgotten.clone());
+        let looked = tokio::task::spawn_blocking(move || look(&node, &forgotten)).await;
         let found = looked.unwrap_or_default();
         let inventory = found.inventory.unwrap_or_else(|| Inventory {
             replicas: Vec::new(),
@@ -249,7 +249,7 @@ impl NodeReporter {
                 "InventoryComplete",
                 Truth::True,
                 "AllRead",
-                "every directory in the store says whose it is",
+                "every directory in the store says whose it is and what it has seen",
             ),
         }
         let slip = "reclaim of memory may wait for this agent: grant CAP_SYS_RESOURCE";
@@ -343,8 +343,8 @@ struct Found {
     lamport_slip_ms: i64,
 }
 
-fn look(node: &NodeContext) -> Found {
-    let inventory = inventory::take(node)
+fn look(node: &NodeContext, forgotten: &[Forgotten]) -> Found {
+    let inventory = inventory::take(node, forgotten)
         .map_err(|error| warn!(%error, "the inventory is not complete"))
         .ok();
     Found {

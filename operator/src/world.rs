@@ -293,7 +293,8 @@ fn from_inventory(world: &World, node: &str, found: &FoundReplica) -> Report {
     Report {
         node: node.to_owned(),
         replica_uuid: found.replica_uuid,
-        heard: world.is_heard(node),
+        // One that is not open says what it remembers, but not how its history ends.
+        heard: world.is_heard(node) && found.data_state.is_some(),
         leaving: false,
         role: found.role,
         data: found.data_state,

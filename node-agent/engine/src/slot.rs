@@ -172,20 +172,7 @@ impl<S: Store, T: Serialize + DeserializeOwned> Slots<S, T> {
                 .map_err(io_error(format!("open slot {index}")))
         };
         let files = [open(0)?, open(1)?];
-        let (first, second) = (read(&files[0], 0)?, read(&files[1], 1)?);
-        let (generation, body, bad) = match (first, second) {
-            (Content::Bad(first), Content::Bad(second)) => return Err(SlotError::BothBad(first, second)),
-            (Content::State { generation, body }, Content::Bad(bad))
-            | (Content::Bad(bad), Content::State { generation, body }) => (generation, body, Some(bad)),
-            (
-                Content::State { generation, .. },
-                Content::State {
-                    generation: other,
-                    body: newer,
-                },
-            ) if generation < other => (other, newer, None),
-            (Content::State { generation, body }, Content::State { .. }) => (generation, body, None),
-        };
+        let (generation, body, bad) = newest(&files)?;
         // The process before may have died between its write and its sync. The next save overwrites the other slot, which must
         // not be the only one on stable storage then.
         file_of(&files, generation)
@@ -260,6 +247,35 @@ impl<S: Store, T: Serialize + DeserializeOwned> Slots<S, T> {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+}
+
+/// The state in the slots of a replica that is not open here. Only reads; the newer state need not be on stable storage yet. While
+/// an owner saves, a slot may look damaged.
+///
+/// # Errors
+/// Neither slot holds a state, or one of a newer version. See [`SlotError`].
+pub fn peek<F: StoreFile, T: DeserializeOwned>(files: &[F; 2]) -> Result<Loaded<T>, SlotError> {
+    let (_, body, bad) = newest(files)?;
+    let state = serde_json::from_slice(&body)?;
+    Ok(Loaded { state, bad })
+}
+
+/// Generation and body of the newer intact slot, and what is wrong with the other one.
+fn newest<F: StoreFile>(files: &[F; 2]) -> Result<(u64, Vec<u8>, Option<BadSlot>), SlotError> {
+    let (first, second) = (read(&files[0], 0)?, read(&files[1], 1)?);
+    match (first, second) {
+        (Content::Bad(first), Content::Bad(second)) => Err(SlotError::BothBad(first, second)),
+        (Content::State { generation, body }, Content::Bad(bad))
+        | (Content::Bad(bad), Content::State { generation, body }) => Ok((generation, body, Some(bad))),
+        (
+            Content::State { generation, .. },
+            Content::State {
+                generation: other,
+                body: newer,
+            },
+        ) if generation < other => Ok((other, newer, None)),
+        (Content::State { generation, body }, Content::State { .. }) => Ok((generation, body, None)),
     }
 }
 

@@ -123,6 +123,21 @@ impl FsStore {
         })
     }
 
+    /// The two slot files of a replica that need not be open here, to be read only: nothing can be written through them, and nobody is
+    /// held up.
+    ///
+    /// # Errors
+    /// `NotFound` when one is not there; any I/O error.
+    pub fn slots_to_read(path: &Path) -> io::Result<[FsFile; 2]> {
+        let open = |index: u8| {
+            let path = path.join(format!("slot-{index}"));
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let fd = rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| named(&path)(errno.into()))?;
+            FsFile::new(File::from(fd)).map_err(named(&path))
+        };
+        Ok([open(0)?, open(1)?])
+    }
+
     /// The directory this store was opened with.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -1,15 +1,18 @@
 //! What is in the store of this node, whether an object for it is known or not.
 //!
 //! Invariants (P12): an inventory is complete only if every directory in the store says what it is – one that is empty, not mounted,
-//! damaged or of a newer version may be anything; no disk is given to a new replica while a directory here records it as another's,
-//! or might.
+//! damaged or of a newer version may be anything –, and what designation it has seen: a number that is forgotten could be issued again; no
+//! disk is given to a new replica while a directory here records it as another's, or might.
 
 use super::context::{NodeContext, Views};
+use super::object::designation_ref;
+use super::saved::{self, Remembered};
 use super::superblock::{self, Superblock};
 use crate::layout::{LayoutError, io_error};
 use crate::pool::backing::{BackingError, BackingRecord};
 use crate::pool::sysfs::DevNo;
-use mars_crds::node::FoundReplica;
+use mars_crds::ActualRole;
+use mars_crds::node::{Forgotten, FoundReplica};
 use mars_engine::types::ReplicaId;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +21,7 @@ use std::path::{Path, PathBuf};
 pub struct Inventory {
     /// Those that say who they are.
     pub replicas: Vec<FoundReplica>,
-    /// Directories that do not, each with the reason; the inventory is complete when there are none.
+    /// Directories that do not, or not what they have seen, each with the reason; the inventory is complete when there are none.
     pub unreadable: Vec<String>,
 }
 
@@ -29,21 +32,45 @@ struct Scan {
     unreadable: Vec<String>,
 }
 
-/// Takes the inventory.
+/// Takes the inventory. What was given up is listed, but whatever it remembers counts no more.
 ///
 /// # Errors
 /// The store cannot be listed: then nothing is known about it.
-pub fn take(node: &NodeContext) -> Result<Inventory, LayoutError> {
+pub fn take(node: &NodeContext, forgotten: &[Forgotten]) -> Result<Inventory, LayoutError> {
     let views = node.views.borrow().clone();
-    let Scan { known, unreadable } = scan(&node.layout.replicas_dir())?;
-    let mut replicas: Vec<_> = known.iter().map(|(_, superblock)| found(superblock, &views)).collect();
+    list(&node.layout.replicas_dir(), &views, forgotten)
+}
+
+fn list(store: &Path, views: &Views, forgotten: &[Forgotten]) -> Result<Inventory, LayoutError> {
+    let Scan { known, mut unreadable } = scan(store)?;
+    let mut replicas = Vec::new();
+    for (dir, superblock) in &known {
+        let replica = superblock.belongs.replica;
+        // A running engine tells more than its slots, which it may be writing.
+        let runs = views.get(&replica).is_some_and(|view| view.status.role.is_some());
+        let given_up = forgotten.iter().any(|forgotten| forgotten.replica_uuid == replica.0);
+        let mut remembered = if runs || given_up {
+            Remembered::default()
+        } else {
+            saved::remembered(dir, superblock)
+        };
+        // Removed by an ordered deletion since it was listed.
+        if let Some(problem) = remembered.unreadable.take()
+            && dir.exists()
+        {
+            unreadable.push(problem);
+        }
+        replicas.push(found(superblock, views, &remembered));
+    }
     replicas.sort_by_key(|found| found.replica_uuid);
+    unreadable.sort();
     Ok(Inventory { replicas, unreadable })
 }
 
-fn found(superblock: &Superblock, views: &Views) -> FoundReplica {
+fn found(superblock: &Superblock, views: &Views, remembered: &Remembered) -> FoundReplica {
     let replica = superblock.belongs.replica;
     let live = views.get(&replica).map(|view| &view.status);
+    let saved = |designation: Option<_>| designation.and_then(designation_ref);
     FoundReplica {
         replica_uuid: replica.0,
         resource_uuid: superblock.belongs.resource.0,
@@ -52,10 +79,14 @@ fn found(superblock: &Superblock, views: &Views) -> FoundReplica {
             live.and_then(|status| status.size_bytes)
                 .unwrap_or(super::object::signed(superblock.size_bytes)),
         ),
-        role: live.and_then(|status| status.role),
+        // One that is not open takes no writes, whatever role it may come back to.
+        role: live
+            .and_then(|status| status.role)
+            .or(remembered.designation.map(|_| ActualRole::Secondary)),
         data_state: live.and_then(|status| status.data_state),
-        designation: live.and_then(|status| status.designation),
-        primary_under: live.and_then(|status| status.primary_under),
+        // What an ended engine has told last is in its slots, too.
+        designation: saved(remembered.designation).or(live.and_then(|status| status.designation)),
+        primary_under: saved(remembered.primary_under).or(live.and_then(|status| status.primary_under)),
     }
 }
 
@@ -133,9 +164,15 @@ fn is_same(path: &Path, recorded: &Path, medium: &[(String, String)]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::superblock::{Belongs, ReplicaDir};
+    use super::super::facts::Done;
+    use super::super::opening::write_done;
+    use super::super::superblock::{Belongs, ReplicaDir, Stage};
     use super::*;
-    use mars_engine::types::{ClusterId, NodeId, ResourceId};
+    use mars_engine::api::{Compression, Durability, Tuning};
+    use mars_engine::slot::{SLOT_BYTES, Slots};
+    use mars_engine::state::{SavedRole, SavedState};
+    use mars_engine::store_fs::FsStore;
+    use mars_engine::types::{ClusterId, Designation, NodeId, ResourceId};
     use uuid::Uuid;
 
     fn replica(store: &Path, number: u128, device: &str) -> ReplicaId {
@@ -175,6 +212,118 @@ mod tests {
         assert_eq!((scan.known.len(), scan.unreadable.len()), (1, 2));
         assert!(scan.unreadable[0].contains(&damaged.to_string()), "{scan:?}");
         assert!(scan.unreadable[1].contains(unmounted.to_str().unwrap()), "{scan:?}");
+    }
+
+    /// A replica with data that nobody opens: designation 7 was the last it heard of, under 5 it was primary itself.
+    fn closed(store: &Path, number: u128) -> (PathBuf, SavedState) {
+        let replica = replica(store, number, "/dev/x");
+        let dir = store.join(replica.to_string());
+        let superblock = superblock::peek(&dir).unwrap();
+        ReplicaDir::open(&dir, superblock.belongs, "r", 1 << 20, false)
+            .unwrap()
+            .update(|superblock| superblock.stage = Stage::Established)
+            .unwrap();
+        let tuning = Tuning {
+            durability: Durability::OnFlush,
+            compression: Compression::None,
+            overlay_budget_bytes: 1 << 20,
+            segment_bytes: 1 << 20,
+            retention_bytes: 0,
+        };
+        let belongs = superblock.belongs;
+        let ids = (belongs.cluster, belongs.resource, belongs.replica);
+        let mut state = SavedState::new(ids, Uuid::nil(), 1 << 20, tuning);
+        state.designation = designation(7);
+        FsStore::create_layout(&dir).unwrap();
+        let files = FsStore::open_detached(&dir, 1 << 20).unwrap();
+        let mut slots = Slots::create(&files, SLOT_BYTES, &state).unwrap();
+        slots.save(&state).unwrap();
+        let done = Done {
+            primary_under: Some(designation(5)),
+            ..Done::default()
+        };
+        write_done(&dir, &done).unwrap();
+        (dir, state)
+    }
+
+    fn designation(number: u64) -> Designation {
+        let id = Uuid::from_u128(1000 + u128::from(number));
+        Designation { number, id }
+    }
+
+    fn files_of(dir: &Path) -> Vec<(PathBuf, Vec<u8>, std::time::SystemTime)> {
+        let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> = entries
+            .filter(|path| path.is_file())
+            .map(|path| {
+                (
+                    path.clone(),
+                    std::fs::read(&path).unwrap(),
+                    path.metadata().unwrap().modified().unwrap(),
+                )
+            })
+            .collect();
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn a58_a_replica_that_is_not_open_tells_the_highest_designation_it_has_seen_and_nothing_is_touched() {
+        let store = tempfile::tempdir().unwrap();
+        let (dir, state) = closed(store.path(), 10);
+        let before = files_of(&dir);
+        // Also while somebody else holds the directory.
+        let held = ReplicaDir::open(&dir, superblock::peek(&dir).unwrap().belongs, "r", 1 << 20, true).unwrap();
+        let inventory = list(store.path(), &Views::new(), &[]).unwrap();
+        assert_eq!((files_of(&dir), inventory.unreadable), (before, vec![]));
+        drop(held);
+        let found = &inventory.replicas[0];
+        assert_eq!(found.designation, designation_ref(designation(7)));
+        assert_eq!(found.primary_under, designation_ref(designation(5)));
+        assert_eq!(found.role, Some(ActualRole::Secondary));
+        // It was primary when its agent died: under its newest designation, which `done.json` may not have yet.
+        let files = FsStore::open_detached(&dir, 1 << 20).unwrap();
+        let (mut slots, _) = Slots::open(&files).unwrap();
+        let granted = designation(8);
+        slots
+            .save(&SavedState {
+                role: SavedRole::Primary { granted },
+                ..state
+            })
+            .unwrap();
+        let found = list(store.path(), &Views::new(), &[]).unwrap().replicas.remove(0);
+        assert_eq!(found.designation, designation_ref(designation(8)));
+        assert_eq!(found.primary_under, designation_ref(designation(8)));
+        assert_eq!(found.role, Some(ActualRole::Secondary), "nobody writes to it now");
+    }
+
+    #[test]
+    fn a58_a_replica_whose_saved_state_is_damaged_makes_the_inventory_incomplete_unless_it_was_given_up() {
+        let store = tempfile::tempdir().unwrap();
+        let (dir, _) = closed(store.path(), 10);
+        let damage = |slot: &str| {
+            let path = dir.join(slot);
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[40] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        };
+        damage("slot-1");
+        let inventory = list(store.path(), &Views::new(), &[]).unwrap();
+        assert!(inventory.unreadable[0].contains("slot 1 is damaged"), "{inventory:?}");
+        assert_eq!(inventory.replicas[0].designation, designation_ref(designation(7)));
+        damage("slot-0");
+        let inventory = list(store.path(), &Views::new(), &[]).unwrap();
+        assert!(inventory.unreadable[0].contains("slot 0 is damaged"), "{inventory:?}");
+        assert_eq!(inventory.replicas.len(), 1, "it is there, whatever it remembers");
+        std::fs::remove_file(dir.join("slot-0")).unwrap();
+        let inventory = list(store.path(), &Views::new(), &[]).unwrap();
+        assert!(inventory.unreadable[0].contains("slot-0"), "{inventory:?}");
+        let forgotten = Forgotten {
+            replica_uuid: Uuid::from_u128(10),
+            resource: "r".into(),
+        };
+        let inventory = list(store.path(), &Views::new(), &[forgotten]).unwrap();
+        assert_eq!((inventory.replicas.len(), inventory.unreadable), (1, vec![]));
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod removal;
 pub mod replica;
 pub mod report;
 mod running;
+mod saved;
 pub mod sink;
 pub mod source;
 pub mod superblock;

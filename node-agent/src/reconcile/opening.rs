@@ -209,7 +209,11 @@ fn done_path(dir: &Path) -> PathBuf {
     dir.join("done.json")
 }
 
-fn read_done(dir: &Path) -> Result<Done, LayoutError> {
+/// What was done once and for all; nothing when nothing was.
+///
+/// # Errors
+/// It cannot be read.
+pub(super) fn read_done(dir: &Path) -> Result<Done, LayoutError> {
     let path = done_path(dir);
     match fs::read(&path) {
         Ok(bytes) => serde_json::from_slice(&bytes)

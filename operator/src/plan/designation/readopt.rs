@@ -47,8 +47,8 @@ pub(super) fn readopt(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn
             .max_by_key(|report| under(report));
         newest.filter(|_| all_heard)
     });
-    let Some(chosen) = chosen else {
-        draft.not_ready = Some(explain(context));
+    let Some(chosen) = chosen.filter(|chosen| chosen.heard) else {
+        draft.not_ready = Some(explain(context, chosen));
         return;
     };
     propose(context, draft, new_id, chosen, number);
@@ -113,10 +113,16 @@ fn silent(context: &Context<'_>) -> Vec<String> {
     nodes.into_iter().filter(is_silent).map(str::to_owned).collect()
 }
 
-fn explain(context: &Context<'_>) -> Note {
+fn explain(context: &Context<'_>, newest: Option<&Report>) -> Note {
     let silent = silent(context);
     let name = context.world.name();
-    let message = if silent.is_empty() {
+    let message = if let (true, Some(newest)) = (silent.is_empty(), newest) {
+        format!(
+            "{node} was primary of {name} last and its data there is closed: add {node} to spec.replicas, or choose with a \
+             MarsAction Failover to the replica that shall win",
+            node = newest.node
+        )
+    } else if silent.is_empty() {
         format!(
             "data of {name} exists but no replica says that it was primary last: choose with a MarsAction Failover to the \
              replica that shall win"
