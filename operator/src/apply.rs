@@ -241,7 +241,7 @@ fn post() -> PostParams {
     }
 }
 
-fn guarded(metadata: &ObjectMeta) -> DeleteParams {
+pub(crate) fn guarded(metadata: &ObjectMeta) -> DeleteParams {
     let preconditions = Preconditions {
         uid: metadata.uid.clone(),
         resource_version: metadata.resource_version.clone(),

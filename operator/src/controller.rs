@@ -20,6 +20,7 @@ use crate::hearing::Hearing;
 use crate::observe::{self, ObserveError, Surroundings};
 use crate::plan::{EventNote, Intent, Severity, plan};
 use crate::queue::Queue;
+use crate::unowned::{self, Missed};
 use crate::world::{Settings, World};
 
 /// A pass that takes longer has lost its API server.
@@ -36,6 +37,7 @@ pub(crate) struct Controller {
     recorder: Recorder,
     settings: Settings,
     memory: Mutex<BTreeMap<String, Memory>>,
+    missed: Missed,
 }
 
 /// What is remembered about a resource between passes; losing it costs nothing but a few writes.
@@ -55,6 +57,7 @@ impl Controller {
             queue: Arc::default(),
             settings,
             memory: Mutex::default(),
+            missed: Missed::default(),
         }
     }
 
@@ -83,6 +86,7 @@ impl Controller {
             }
             let names = self.cache.names(Kind::Resource);
             self.lock().retain(|name, _| names.contains(name));
+            self.missed.retain(&self.cache);
             for name in &names {
                 self.queue.add(name);
             }
@@ -139,7 +143,7 @@ impl Controller {
         };
         let world = match observe::cached(&self.cache, &around, name) {
             Ok(Some(world)) => world,
-            Ok(None) => return Ok(None),
+            Ok(None) => return self.without_resource(name).await,
             Err(ObserveError::Api(error)) => return Err(error),
             Err(error @ ObserveError::Undecodable(_)) => return Ok(self.cannot_read(name, &error).await),
         };
@@ -157,6 +161,12 @@ impl Controller {
             Err(ObserveError::Api(error)) => Err(error),
             Err(error @ ObserveError::Undecodable(_)) => Ok(self.cannot_read(name, &error).await),
         }
+    }
+
+    async fn without_resource(&self, name: &str) -> Result<Option<Duration>, kube::Error> {
+        let grace = Duration::from_secs(u64::try_from(self.settings.action_grace_seconds).unwrap_or_default());
+        let api = (&self.client, &self.recorder);
+        unowned::pass(api, &self.cache, &self.missed, name, grace).await
     }
 
     async fn carry_out(

@@ -8,7 +8,6 @@ use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::api::PostParams;
 use kube::{Api, Client, Resource};
-use mars_crds::MarsResource;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,9 +38,9 @@ impl Recorder {
         }
     }
 
-    /// Tells people about `resource`.
-    pub async fn emit(&self, resource: &MarsResource, note: &EventNote) {
-        let reference = resource.object_ref(&());
+    /// Tells people about `object`.
+    pub async fn emit<K: Resource<DynamicType = ()>>(&self, object: &K, note: &EventNote) {
+        let reference = object.object_ref(&());
         let key = format!("{:?} {} {}", reference.uid, note.reason, note.message);
         if !self.is_news(key) {
             return;

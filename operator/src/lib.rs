@@ -19,6 +19,7 @@ pub mod leader;
 pub mod observe;
 pub mod plan;
 pub mod queue;
+mod unowned;
 pub mod world;
 
 pub use plan::{Intent, Plan, plan};

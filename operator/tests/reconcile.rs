@@ -9,7 +9,7 @@ use common::model::Record;
 use kube::Api;
 use mars_crds::{MarsAction, MarsReplica, MarsResource, conditions};
 use mars_local::faults::Plan;
-use mars_operator::Config;
+use mars_operator::{Config, Settings};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -31,12 +31,17 @@ struct Operator {
 
 impl Operator {
     fn start(cluster: &Cluster, name: &str, leader_election: bool) -> Operator {
+        Operator::start_with(cluster, name, leader_election, Settings::default())
+    }
+
+    fn start_with(cluster: &Cluster, name: &str, leader_election: bool, settings: Settings) -> Operator {
         let config = Config {
             namespace: "default".to_owned(),
             identity: name.to_owned(),
             leader_election,
             lease_duration: Duration::from_secs(3),
             resync: Duration::from_millis(500),
+            settings,
             ..Config::default()
         };
         let client = cluster.api.client_named(Some(name)).expect("a client");
@@ -298,6 +303,73 @@ async fn a58_all_objects_deleted_and_restored_without_status_are_re_adopted_wher
         number(&before)
     );
     assert_eq!(logs(), held, "no byte was touched");
+    operator.stop().await;
+    cluster.finish().await;
+}
+
+async fn ended(cluster: &Cluster, name: &str) -> mars_crds::MarsActionStatus {
+    let actions: Api<MarsAction> = Api::all(cluster.client.clone());
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = actions.get(name).await.expect("readable").status.unwrap_or_default();
+        if status.completion_time.is_some() {
+            return status;
+        }
+        assert!(std::time::Instant::now() < deadline, "{name} does not end: {status:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_action_whose_resource_does_not_exist_fails_after_a_grace_and_is_not_armed_for_a_later_one() {
+    let cluster = Cluster::start(&NODES, None).await;
+    let settings = Settings {
+        action_grace_seconds: 2,
+        ..Settings::default()
+    };
+    let operator = Operator::start_with(&cluster, "one", true, settings);
+    let rotate = |ttl: i64| json!({"verb": "RotateLog", "resource": RESOURCE, "ttlSeconds": ttl});
+    let asked = std::time::Instant::now();
+    cluster.act("lost", rotate(3600)).await;
+    let status = ended(&cluster, "lost").await;
+    assert!(asked.elapsed() >= Duration::from_secs(2), "it had its grace");
+    assert_eq!((status.phase, status.id), (mars_crds::ActionPhase::Failed, None));
+    assert!(
+        status.message.contains("no MarsResource mydata") && status.message.contains("generateName"),
+        "{}",
+        status.message
+    );
+    let complete = conditions::get(&status.conditions, conditions::COMPLETE).expect("a condition");
+    assert_eq!(complete.reason, "NoSuchResource");
+    // A resource that comes a moment after its action is what the action is about.
+    cluster.act("early", rotate(3600)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cluster.create(RESOURCE, &spec("a")).await;
+    cluster
+        .until("a is primary", |resource| is_settled_on(resource, "a"))
+        .await;
+    let status = ended(&cluster, "early").await;
+    assert!(status.id.is_some(), "it has begun: {status:?}");
+    // One of a resource that is gone is cleared away, too.
+    cluster
+        .act(
+            "brief",
+            json!({"verb": "Handover", "resource": RESOURCE, "node": "a", "ttlSeconds": 3}),
+        )
+        .await;
+    ended(&cluster, "brief").await;
+    cluster
+        .resources()
+        .delete(RESOURCE, &kube::api::DeleteParams::default())
+        .await
+        .expect("deleted");
+    cluster.until_gone().await;
+    let actions: Api<MarsAction> = Api::all(cluster.client.clone());
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while actions.get_opt("brief").await.expect("readable").is_some() {
+        assert!(std::time::Instant::now() < deadline, "a finished action stays for ever");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     operator.stop().await;
     cluster.finish().await;
 }

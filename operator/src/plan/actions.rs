@@ -1,8 +1,10 @@
 //! `MarsAction`: each is identified before it is carried out, carried out once, and finished with a cause.
 //!
-//! Invariant: an action whose designation has been recorded is never carried out again: the designation carries the
-//! action's id, and the number is noted in the action before anything newer is designated.
+//! Invariants: an action whose designation has been recorded is never carried out again: the designation carries the
+//! action's id, and the number is noted in the action before anything newer is designated. An action is about the resource that
+//! was there when it was made, never about a later one of the same name.
 
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mars_crds::common::OneShot;
 use mars_crds::conditions::{self, Truth};
@@ -10,8 +12,12 @@ use mars_crds::resource::{DesignationSource, Tombstone};
 use mars_crds::{ActionPhase, MarsAction, MarsActionStatus, REPLICA_FINALIZER, ReplicaData, Verb, WishRole, validate};
 use uuid::Uuid;
 
-use super::{Context, Draft, Intent, Reason, Severity};
+use super::{Context, Draft, EventNote, Intent, Reason, Severity};
 use crate::world::Report;
+
+/// Ends the message of a finished action: applying the same manifest again changes nothing, and nothing says so.
+const DONE_ONCE: &str = "An action is carried out once; applied again under this name it does nothing: order anew with `kubectl create` \
+                         and metadata.generateName";
 
 /// What became of an action in this pass.
 enum Step {
@@ -23,7 +29,7 @@ enum Step {
     Failed(String),
 }
 
-pub(super) fn name(action: &MarsAction) -> &str {
+pub(crate) fn name(action: &MarsAction) -> &str {
     action.metadata.name.as_deref().unwrap_or_default()
 }
 
@@ -32,7 +38,7 @@ pub(super) fn id(action: &MarsAction) -> Option<Uuid> {
     action.status.as_ref().and_then(|status| status.id)
 }
 
-pub(super) fn is_finished(action: &MarsAction) -> bool {
+pub(crate) fn is_finished(action: &MarsAction) -> bool {
     let phase = action.status.as_ref().map(|status| status.phase);
     matches!(phase, Some(ActionPhase::Succeeded | ActionPhase::Failed))
 }
@@ -61,6 +67,12 @@ pub(super) fn advance(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn
         let status = action.status.clone().unwrap_or_default();
         if is_finished(action) {
             expire(context, draft, action, &status);
+            continue;
+        }
+        if let Some(reason) = is_older_than_resource(context, action) {
+            let now = context.world.now;
+            let status = finished(action, now, ActionPhase::Failed, Reason::NoSuchResource, &reason);
+            conclude(draft, action, status);
             continue;
         }
         let mut problems = validate::action(action, None);
@@ -94,13 +106,41 @@ pub(super) fn advance(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn
 }
 
 fn expire(context: &Context<'_>, draft: &mut Draft, action: &MarsAction, status: &MarsActionStatus) {
-    let Some(end) = &status.completion_time else { return };
-    let over = context.world.now.as_second() - end.0.as_second() >= action.spec.ttl_seconds;
+    let over = expires_in(status, action, context.world.now).is_some_and(|seconds| seconds <= 0);
     if over && action.metadata.deletion_timestamp.is_none() {
         draft.push(Intent::DeleteAction {
             action: name(action).to_owned(),
         });
     }
+}
+
+/// When a finished action is deleted (seconds from now).
+pub(crate) fn expires_in(status: &MarsActionStatus, action: &MarsAction, now: Timestamp) -> Option<i64> {
+    let end = status.completion_time.as_ref()?;
+    Some(action.spec.ttl_seconds - (now.as_second() - end.0.as_second()))
+}
+
+/// Why an action is not about this resource, if so. Both stamps are the API server's.
+fn is_older_than_resource(context: &Context<'_>, action: &MarsAction) -> Option<String> {
+    let resource = &context.world.resource.metadata;
+    let made = resource.creation_timestamp.as_ref()?.0;
+    let seconds = made.as_second() - action.metadata.creation_timestamp.as_ref()?.0.as_second();
+    (seconds > context.world.settings.action_grace_seconds).then(|| {
+        format!(
+            "it was made {seconds} s before this MarsResource {}, so it meant another one: look at `kubectl get mars`, then create \
+             it again if this one is meant",
+            context.world.name()
+        )
+    })
+}
+
+/// The end of an action whose resource is not there.
+pub(crate) fn without_resource(action: &MarsAction, now: Timestamp) -> MarsActionStatus {
+    let message = format!(
+        "there is no MarsResource {}: look for its name with `kubectl get mars`, then create the action for that",
+        action.spec.resource
+    );
+    finished(action, now, ActionPhase::Failed, Reason::NoSuchResource, &message)
 }
 
 fn is_overdue(context: &Context<'_>, action: &MarsAction) -> bool {
@@ -133,52 +173,75 @@ fn begin(context: &Context<'_>, draft: &mut Draft, action: &MarsAction, id: Uuid
 }
 
 fn finish(context: &Context<'_>, draft: &mut Draft, action: &MarsAction, step: Step) {
-    let now = Time(context.world.now);
-    let generation = action.metadata.generation;
-    let mut status = action.status.clone().unwrap_or_default();
-    let (phase, message, truth) = match step {
-        Step::Succeeded(message) => (ActionPhase::Succeeded, message, Truth::True),
-        Step::Failed(message) => (ActionPhase::Failed, message, Truth::False),
+    let now = context.world.now;
+    let status = match step {
+        Step::Succeeded(message) => finished(action, now, ActionPhase::Succeeded, Reason::ActionSucceeded, &message),
+        Step::Failed(message) => finished(action, now, ActionPhase::Failed, Reason::ActionFailed, &message),
         Step::Wait(_) => return,
     };
+    conclude(draft, action, status);
+}
+
+/// The last status of an action. Its condition carries the phase, or a reason that says more.
+fn finished(
+    action: &MarsAction,
+    now: Timestamp,
+    phase: ActionPhase,
+    reason: Reason,
+    message: &str,
+) -> MarsActionStatus {
+    let now = Time(now);
+    let generation = action.metadata.generation;
+    let mut status = action.status.clone().unwrap_or_default();
+    let word = match reason {
+        Reason::ActionFailed | Reason::ActionSucceeded => format!("{phase:?}"),
+        reason => reason.word(),
+    };
     if status.id.is_none() {
+        let refused = if word == "Failed" { "Refused" } else { &word };
         let list = &mut status.conditions;
         conditions::set(
             list,
             conditions::ACCEPTED,
             Truth::False,
-            "Refused",
-            &message,
+            refused,
+            message,
             generation,
             &now,
         );
     }
-    conditions::set(
-        &mut status.conditions,
-        conditions::COMPLETE,
-        truth,
-        &format!("{phase:?}"),
-        &message,
-        generation,
-        &now,
-    );
+    let truth = Truth::from(phase == ActionPhase::Succeeded);
+    let list = &mut status.conditions;
+    conditions::set(list, conditions::COMPLETE, truth, &word, message, generation, &now);
     status.phase = phase;
-    status.message.clone_from(&message);
+    status.message = format!("{message}. {DONE_ONCE}");
     status.completion_time = Some(now);
     status.observed_generation = generation;
+    status
+}
+
+fn conclude(draft: &mut Draft, action: &MarsAction, status: MarsActionStatus) {
+    let note = verdict(action, &status);
     draft.push(Intent::SetActionStatus {
         action: name(action).to_owned(),
         status: Box::new(status),
     });
-    let (severity, reason) = match phase {
-        ActionPhase::Failed => (Severity::Warning, Reason::ActionFailed.word()),
-        _ => (Severity::Normal, "ActionSucceeded".to_owned()),
+    draft.push(Intent::EmitEvent(note));
+}
+
+/// How an action ended, as an event.
+pub(crate) fn verdict(action: &MarsAction, status: &MarsActionStatus) -> EventNote {
+    let complete = conditions::get(&status.conditions, conditions::COMPLETE);
+    let message = complete.map_or("", |condition| condition.message.as_str());
+    let (severity, reason) = match status.phase {
+        ActionPhase::Failed => (Severity::Warning, Reason::ActionFailed),
+        _ => (Severity::Normal, Reason::ActionSucceeded),
     };
-    draft.event(
+    EventNote {
         severity,
-        &reason,
-        format!("{:?} ({}): {message}", action.spec.verb, name(action)),
-    );
+        reason: reason.word(),
+        message: format!("{:?} ({}): {message}", action.spec.verb, name(action)),
+    }
 }
 
 fn step(context: &Context<'_>, draft: &mut Draft, action: &MarsAction, status: &MarsActionStatus) -> Step {

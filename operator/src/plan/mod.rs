@@ -10,7 +10,7 @@
 //! * A world that is not fresh yields no decision, only `Reobserve`.
 //! * Nothing is created, deleted or designated because something is absent.
 
-mod actions;
+pub(crate) mod actions;
 mod designation;
 mod intent;
 mod members;
@@ -43,6 +43,7 @@ pub struct Plan {
 #[expect(missing_docs, reason = "each word is its own explanation; the message says the rest")]
 pub enum Reason {
     ActionFailed,
+    ActionSucceeded,
     CatchingUp,
     Closing,
     Deleting,
@@ -54,6 +55,7 @@ pub enum Reason {
     InvalidSpec,
     LeavingPrimary,
     NoPrimaryWished,
+    NoSuchResource,
     PeersSilent,
     PredecessorSilent,
     Promoting,
