@@ -149,7 +149,8 @@ pub enum FailoverPolicy {
     /// Only by a `MarsAction` of a person.
     #[default]
     Manual,
-    /// Also when the primary's node is fenced (out-of-service taint, or its Node is deleted) and has not been heard of since.
+    /// Also when the primary's node is fenced (the Node that was there while its agent was heard is deleted or replaced, or has the
+    /// out-of-service taint) and has not been heard of since.
     Automatic,
 }
 
@@ -271,6 +272,10 @@ pub struct ReplicaSummary {
     /// Progress of a sync.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sync_percent: Option<i32>,
+    /// uid of its Kubernetes Node, recorded while its agent was heard: what an automatic failover demands to be fenced. Absent: there
+    /// was none, so there is never evidence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kube_node_uid: Option<String>,
 }
 
 /// Two histories that have parted.

@@ -23,7 +23,7 @@ mod unowned;
 pub mod world;
 
 pub use plan::{Intent, Plan, plan};
-pub use world::{NodeView, Settings, World, with_own_status};
+pub use world::{KubeNode, NodeView, Settings, World, with_own_status};
 
 use kube::Client;
 use std::time::Duration;

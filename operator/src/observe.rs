@@ -14,7 +14,10 @@ use std::sync::Arc;
 
 use crate::cache::{Cache, Kind, resource_of};
 use crate::hearing::Hearing;
-use crate::world::{NodeView, Settings, World, with_own_status};
+use crate::world::{KubeNode, NodeView, Settings, World, with_own_status};
+
+/// The taint an administrator sets after a node was switched off.
+const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 
 /// Objects of all kinds, undecoded.
 struct Raw {
@@ -181,32 +184,23 @@ fn nodes(
             Err(_) => {}
         }
     }
-    let kube_nodes: BTreeMap<String, Option<Node>> = raw
-        .kube_nodes
-        .iter()
-        .map(|object| {
-            (
-                object.metadata.name.clone().unwrap_or_default(),
-                parse::<Node>(object).ok(),
-            )
-        })
-        .collect();
     for (name, view) in &mut views {
         view.silent_seconds = around.hearing.silent_seconds(name);
-        view.fenced = fenced(kube_nodes.get(name));
+        let mut kube_nodes = raw.kube_nodes.iter();
+        view.kube_node = kube_nodes
+            .find(|object| object.metadata.name.as_ref() == Some(name))
+            .map(|object| kube_node(object));
     }
     views
 }
 
-/// Evidence that a node cannot write: no Node object, or the taint an administrator sets after switching it off.
-fn fenced(node: Option<&Option<Node>>) -> Option<String> {
-    match node {
-        None => Some("its Node is deleted".to_owned()),
-        Some(None) => None,
-        Some(Some(node)) => {
-            let mut taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
-            let taint = taints.find(|taint| taint.key == "node.kubernetes.io/out-of-service");
-            taint.map(|taint| format!("taint {}", taint.key))
-        }
+/// A Node that cannot be decoded is there; that it is tainted nobody can say.
+fn kube_node(object: &DynamicObject) -> KubeNode {
+    let decoded = parse::<Node>(object).ok();
+    let spec = decoded.and_then(|node| node.spec).unwrap_or_default();
+    let mut taints = spec.taints.into_iter().flatten();
+    KubeNode {
+        uid: object.metadata.uid.clone().unwrap_or_default(),
+        taint: taints.find(|taint| taint.key == OUT_OF_SERVICE).map(|taint| taint.key),
     }
 }

@@ -54,8 +54,18 @@ pub struct NodeView {
     pub object: Option<MarsNode>,
     /// How long the observer has seen no sign of life, by the observer's own clock (seconds).
     pub silent_seconds: i64,
-    /// Evidence that the node cannot write any more: its Node is deleted or tainted out-of-service.
-    pub fenced: Option<String>,
+    /// The Kubernetes Node of this name, if there is one.
+    pub kube_node: Option<KubeNode>,
+}
+
+/// What counts of a Kubernetes Node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct KubeNode {
+    /// Which one of this name.
+    pub uid: String,
+    /// The taint an administrator sets after switching it off, if it has that.
+    pub taint: Option<String>,
 }
 
 /// Everything `plan` may know.
@@ -95,6 +105,36 @@ impl World {
             view.object.as_ref().is_some_and(|object| object.status.is_some())
                 && view.silent_seconds <= self.settings.liveness_seconds
         })
+    }
+
+    /// uid of the Kubernetes Node that `node` had while its agent was heard, if that was recorded.
+    #[must_use]
+    pub fn recorded_kube_node(&self, node: &str) -> Option<&str> {
+        let status = self.resource.status.as_ref()?;
+        let summary = status.replicas.iter().find(|summary| summary.node == node)?;
+        summary.kube_node_uid.as_deref()
+    }
+
+    /// The same as it shall be recorded now: a Node proves nothing unless it was there, and not fenced, while the agent was heard.
+    #[must_use]
+    pub fn kube_node_to_record(&self, node: &str) -> Option<&str> {
+        let present = self.nodes.get(node).and_then(|view| view.kube_node.as_ref());
+        let living = present.filter(|kube_node| self.is_heard(node) && kube_node.taint.is_none());
+        living
+            .map(|kube_node| kube_node.uid.as_str())
+            .or(self.recorded_kube_node(node))
+    }
+
+    /// Evidence that `node` cannot write any more: the Node that it had while it lived is gone, or tainted out-of-service. A Node
+    /// that was never there says nothing.
+    #[must_use]
+    pub fn fenced(&self, node: &str) -> Option<String> {
+        let recorded = self.recorded_kube_node(node)?;
+        match &self.nodes.get(node)?.kube_node {
+            None => Some("its Node is deleted".to_owned()),
+            Some(present) if present.uid != recorded => Some("its Node was replaced by another one".to_owned()),
+            Some(present) => present.taint.as_ref().map(|taint| format!("taint {taint}")),
+        }
     }
 
     /// The replica object on `node`.

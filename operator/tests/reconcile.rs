@@ -71,6 +71,21 @@ fn condition(resource: &MarsResource, type_: &str) -> String {
         .unwrap_or_default()
 }
 
+fn set_open(cluster: &Cluster, node: &str, open: bool) {
+    let mut machines = cluster.machines.lock().expect("sound");
+    machines.agents.get_mut(node).expect("an agent").open = open;
+}
+
+/// What an automatic failover would need as evidence.
+async fn has_recorded_kube_nodes(cluster: &Cluster, status: &mars_crds::MarsResourceStatus) {
+    let kube_nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(cluster.client.clone());
+    assert_eq!(status.replicas.len(), NODES.len());
+    for member in &status.replicas {
+        let kube_node = kube_nodes.get(&member.node).await.expect("a Node");
+        assert_eq!(member.kube_node_uid, kube_node.metadata.uid, "{}", member.node);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a50_a_resource_is_born_handed_over_refused_while_in_use_failed_over_and_deleted() {
     let cluster = Cluster::start(&NODES, None).await;
@@ -79,7 +94,9 @@ async fn a50_a_resource_is_born_handed_over_refused_while_in_use_failed_over_and
     let born = cluster
         .until("a is primary", |resource| is_settled_on(resource, "a"))
         .await;
-    let uuid = born.status.expect("a status").uuid.expect("a uuid");
+    let born = born.status.expect("a status");
+    let uuid = born.uuid.expect("a uuid");
+    has_recorded_kube_nodes(&cluster, &born).await;
 
     cluster
         .machines
@@ -97,14 +114,7 @@ async fn a50_a_resource_is_born_handed_over_refused_while_in_use_failed_over_and
     let log = cluster.machines.lock().expect("sound").agents["b"].log.clone();
     assert!(log.contains(&Record::Write(1)), "{log:?}");
 
-    cluster
-        .machines
-        .lock()
-        .expect("sound")
-        .agents
-        .get_mut("b")
-        .expect("b")
-        .open = true;
+    set_open(&cluster, "b", true);
     let replicas: Api<MarsReplica> = Api::all(cluster.client.clone());
     let in_use = |replica: &MarsReplica| {
         replica
@@ -126,14 +136,7 @@ async fn a50_a_resource_is_born_handed_over_refused_while_in_use_failed_over_and
         "{}",
         condition(&refused, "Switching")
     );
-    cluster
-        .machines
-        .lock()
-        .expect("sound")
-        .agents
-        .get_mut("b")
-        .expect("b")
-        .open = false;
+    set_open(&cluster, "b", false);
     cluster
         .until("c is primary", |resource| is_settled_on(resource, "c"))
         .await;

@@ -15,6 +15,7 @@ use super::{Context, Draft, Intent, Note, Reason, Severity, actions, members};
 use crate::world::Report;
 
 mod failover;
+pub(super) use failover::no_evidence;
 mod progress;
 mod readopt;
 

@@ -1,7 +1,8 @@
 //! What people see: conditions with cause and next command, one line per member, lag, forks.
 //!
-//! Invariant: the status says what agents report and what was recorded; it decides nothing. Changes of state are
-//! written at once, changes of positions alone only every `positionsEverySeconds`.
+//! Invariant: the status says what agents report and what was recorded; it decides nothing, but remembers one thing that counts later:
+//! which Kubernetes Node each agent had while it was heard. Changes of state are written at once, changes of positions alone only
+//! every `positionsEverySeconds`.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mars_crds::common::Lag;
@@ -111,6 +112,7 @@ fn summary(context: &Context<'_>, replica: &MarsReplica) -> ReplicaSummary {
         heard: context.world.is_heard(&spec.node),
         lag: reported.lag,
         sync_percent: reported.sync.map(|sync| sync.percent),
+        kube_node_uid: context.world.kube_node_to_record(&spec.node).map(str::to_owned),
     }
 }
 
@@ -388,7 +390,10 @@ fn ready(context: &Context<'_>, draft: &Draft) -> Verdict {
             conditions::READY,
             Truth::Unknown,
             &Reason::PeersSilent.word(),
-            format!("{node} was primary when it was last heard; look after its agent"),
+            format!(
+                "{node} was primary when it was last heard; look after its agent{}",
+                super::designation::no_evidence(context, &node)
+            ),
         ),
         _ => {
             if let Some(refusal) = refusal_of_designated(context) {

@@ -98,7 +98,7 @@ fn replica(node: &str) -> Value {
 
 fn node(name: &str) -> Value {
     let upper = name.to_uppercase();
-    json!({"silentSeconds": 2, "object": {
+    json!({"silentSeconds": 2, "kubeNode": {"uid": format!("kube-{name}")}, "object": {
         "apiVersion": "mars.storage/v1alpha1", "kind": "MarsNode", "metadata": {"name": name, "resourceVersion": "300"},
         "spec": {}, "status": {
             "nodeUuid": format!("$N{upper}"), "address": format!("{name}.example:7777"), "inventoryComplete": true,

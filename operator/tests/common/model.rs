@@ -249,7 +249,7 @@ pub(crate) fn observe(
             NodeView {
                 object: Some(object),
                 silent_seconds: *silent,
-                fenced: None,
+                kube_node: None,
             },
         )
     };

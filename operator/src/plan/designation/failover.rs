@@ -1,7 +1,8 @@
 //! Forced changes: by an acknowledged `MarsAction`, or automatic with evidence.
 //!
 //! Invariant: without a person's acknowledgement nobody is passed over who could still write: the node must be fenced
-//! by Kubernetes, silent towards us, and without contact to any other member.
+//! by Kubernetes – the very Node that was recorded while its agent was heard –, silent towards us, and without contact to any other
+//! member.
 
 use mars_crds::common::DurationText;
 use mars_crds::resource::{DesignationSource, FailoverPolicy, Predecessor};
@@ -119,7 +120,7 @@ fn evidence(context: &Context<'_>, holder: &Report, after: Option<DurationText>)
     });
     let after = after.max(settings.liveness_seconds);
     let view = context.world.nodes.get(&holder.node)?;
-    let fenced = view.fenced.as_ref()?;
+    let fenced = context.world.fenced(&holder.node)?;
     if view.silent_seconds < after {
         return None;
     }
@@ -143,6 +144,18 @@ fn evidence(context: &Context<'_>, holder: &Report, after: Option<DurationText>)
             holder.node, view.silent_seconds
         )
     })
+}
+
+/// Why `node` is never failed over from automatically although that is asked for; ends a sentence.
+pub(in crate::plan) fn no_evidence(context: &Context<'_>, node: &str) -> String {
+    let automatic = context.world.resource.spec.failover.policy == FailoverPolicy::Automatic;
+    if !automatic || context.world.recorded_kube_node(node).is_some() {
+        return String::new();
+    }
+    format!(
+        ". No automatic failover: there was no Node {node} in Kubernetes while its agent was heard, so nothing can prove that it does not \
+         write any more; if it is lost use a MarsAction Failover"
+    )
 }
 
 /// The wished node if it can, else the one that has most, else the first in the spec.
