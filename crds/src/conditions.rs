@@ -16,6 +16,8 @@ pub const EMERGENCY: &str = "Emergency";
 pub const SWITCHING: &str = "Switching";
 /// Something needs attention.
 pub const DEGRADED: &str = "Degraded";
+/// Of a node: its agent has not been heard; the one condition there that the operator writes.
+pub const SILENT: &str = "Silent";
 /// Of an action: it may be done.
 pub const ACCEPTED: &str = "Accepted";
 /// Of an action: it is done, or will never be.

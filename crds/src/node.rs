@@ -2,7 +2,8 @@
 //! except `spec.forgotten`, which the operator writes.
 //!
 //! Invariant: `status.replicas` is the complete inventory of replica data found on the node, whether or not a
-//! `MarsReplica` exists for it: what makes a rebuilt control plane re-adopt instead of recreate (P12).
+//! `MarsReplica` exists for it: what makes a rebuilt control plane re-adopt instead of recreate (P12). The status is the agent's, but
+//! for the condition `Silent`, by which the operator says that the agent has not been heard; the agent's next report removes it.
 
 #![expect(
     unreachable_pub,
@@ -33,12 +34,17 @@ use crate::size::Size;
     doc = "A node that runs a MARS agent: pools, space, address, versions.",
     annotation("helm.sh/resource-policy", "keep"),
     printcolumn(name = "STATE", type_ = "string", json_path = ".status.state"),
+    printcolumn(
+        name = "SILENT",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Silent\")].status"
+    ),
     printcolumn(name = "ADDRESS", type_ = "string", json_path = ".status.address"),
     printcolumn(name = "FRONTEND", type_ = "string", json_path = ".status.frontend"),
     printcolumn(name = "LOG-FREE", type_ = "string", json_path = ".status.logStore.free"),
     printcolumn(name = "LEVEL", type_ = "integer", json_path = ".status.logStore.level"),
     printcolumn(name = "VERSION", type_ = "string", json_path = ".status.agentVersion"),
-    printcolumn(name = "SEEN", type_ = "date", json_path = ".status.lastSeen"),
+    printcolumn(name = "LAST-SEEN", type_ = "date", json_path = ".status.lastSeen"),
     printcolumn(name = "AGE", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase", default)]

@@ -20,11 +20,14 @@ use crate::hearing::Hearing;
 use crate::observe::{self, ObserveError, Surroundings};
 use crate::plan::{EventNote, Intent, Severity, plan};
 use crate::queue::Queue;
+use crate::silence;
 use crate::unowned::{self, Missed};
 use crate::world::{Settings, World};
 
 /// A pass that takes longer has lost its API server.
 const PASS_LIMIT: Duration = Duration::from_mins(1);
+/// Longest time spent on telling which nodes are silent.
+const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 /// Longest delay between tries.
 const LONGEST_RETRY: Duration = Duration::from_mins(1);
 
@@ -87,9 +90,21 @@ impl Controller {
             let names = self.cache.names(Kind::Resource);
             self.lock().retain(|name, _| names.contains(name));
             self.missed.retain(&self.cache);
+            self.tell_silence().await;
             for name in &names {
                 self.queue.add(name);
             }
+        }
+    }
+
+    /// Nothing may hold up the periodic passes: what takes long is tried again.
+    async fn tell_silence(&self) {
+        if !self.cache.is_complete() {
+            return;
+        }
+        let pass = silence::pass(&self.client, &self.recorder, &self.cache, &self.hearing, &self.settings);
+        if tokio::time::timeout(SILENCE_LIMIT, pass).await.is_err() {
+            tracing::debug!("the API server has not answered in time: silence of nodes is written later");
         }
     }
 

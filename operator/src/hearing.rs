@@ -17,6 +17,8 @@ struct Heard {
     at: Instant,
     /// How long it had been silent already at `at`.
     silent_before: Duration,
+    /// Its stamp has moved since we look: it does not only claim to live.
+    moved: bool,
 }
 
 /// Signs of life of all nodes.
@@ -46,6 +48,7 @@ impl Hearing {
             .map(|time| time.0);
         let stamp = last_seen.map(|time| time.to_string());
         let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let moved = nodes.contains_key(&name);
         let silent_before = match nodes.get(&name) {
             Some(known) if known.stamp == stamp => return,
             Some(_) => Duration::ZERO,
@@ -65,8 +68,22 @@ impl Hearing {
                 stamp,
                 at: Instant::now(),
                 silent_before,
+                moved,
             },
         );
+    }
+
+    /// For how long we have looked without hearing it (seconds): nothing that it says about itself counts.
+    pub fn unheard_seconds(&self, node: &str) -> i64 {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = nodes.get(node).map_or(self.started, |heard| heard.at);
+        i64::try_from(since.elapsed().as_secs()).unwrap_or(i64::MAX)
+    }
+
+    /// Whether the node has reported since we look, at whatever time.
+    pub fn is_alive(&self, node: &str) -> bool {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        nodes.get(node).is_some_and(|heard| heard.moved)
     }
 
     /// How long the node has been silent (seconds); for a node never seen, since this process started.
@@ -102,6 +119,8 @@ mod tests {
         let wall = jiff::Timestamp::from_second(1_000_000).expect("in range");
         hearing.note(&node(1_000_000 - 7200), wall);
         assert!(hearing.silent_seconds("a") >= 7200, "died long ago, for all we know");
+        assert!(hearing.unheard_seconds("a") < 60, "but we have only begun to look");
+        assert!(!hearing.is_alive("a"));
         hearing.note(&node(1_000_000 - 7200), wall);
         assert!(
             hearing.silent_seconds("a") >= 7200,
@@ -112,6 +131,7 @@ mod tests {
             hearing.silent_seconds("a") < 60,
             "its stamp has moved: it lives, whatever its clock says"
         );
+        assert!(hearing.is_alive("a"));
     }
 
     #[test]

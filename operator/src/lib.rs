@@ -19,6 +19,7 @@ pub mod leader;
 pub mod observe;
 pub mod plan;
 pub mod queue;
+mod silence;
 mod unowned;
 pub mod world;
 

@@ -28,6 +28,8 @@ pub struct Settings {
     pub positions_every_seconds: i64,
     /// Silence demanded before an automatic failover when `failover.after` is absent (seconds).
     pub failover_after_seconds: i64,
+    /// An agent that has not been heard for this long is called silent in its `MarsNode` (seconds); longer than `livenessSeconds`.
+    pub node_silent_seconds: i64,
     /// Within this time an action may be older than its resource: one manifest makes both (seconds).
     pub action_grace_seconds: i64,
 }
@@ -41,6 +43,7 @@ impl Default for Settings {
             almost_bytes: 10 << 20,
             positions_every_seconds: 30,
             failover_after_seconds: 60,
+            node_silent_seconds: 60,
             action_grace_seconds: 30,
         }
     }

@@ -7,7 +7,7 @@ mod common;
 use cluster::{Cluster, RESOURCE};
 use common::model::Record;
 use kube::Api;
-use mars_crds::{MarsAction, MarsReplica, MarsResource, conditions};
+use mars_crds::{MarsAction, MarsNode, MarsReplica, MarsResource, conditions};
 use mars_local::faults::Plan;
 use mars_operator::{Config, Settings};
 use rand::rngs::StdRng;
@@ -373,6 +373,58 @@ async fn an_action_whose_resource_does_not_exist_fails_after_a_grace_and_is_not_
         assert!(std::time::Instant::now() < deadline, "a finished action stays for ever");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    operator.stop().await;
+    cluster.finish().await;
+}
+
+async fn until_node(cluster: &Cluster, name: &str, what: &str, wanted: impl Fn(&MarsNode) -> bool) -> MarsNode {
+    let nodes: Api<MarsNode> = Api::all(cluster.client.clone());
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let node = nodes.get(name).await.expect("readable");
+        if wanted(&node) {
+            return node;
+        }
+        assert!(std::time::Instant::now() < deadline, "{what}: {node:#?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn says_silent(node: &MarsNode) -> bool {
+    let list = node.status.iter().flat_map(|status| &status.conditions);
+    let mut list = list.filter(|condition| condition.type_ == conditions::SILENT);
+    list.next().is_some_and(|condition| condition.status == "True")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_not_heard_says_so_once_and_no_more_when_it_is_back() {
+    let cluster = Cluster::start(&NODES, None).await;
+    let settings = Settings {
+        liveness_seconds: 1,
+        node_silent_seconds: 2,
+        ..Settings::default()
+    };
+    let operator = Operator::start_with(&cluster, "one", true, settings);
+    until_node(&cluster, "b", "b reports", |node| node.status.is_some()).await;
+    cluster.machines.lock().expect("sound").off.push("b".to_owned());
+    let silent = until_node(&cluster, "b", "b is called silent", says_silent).await;
+    let status = silent.status.clone().unwrap_or_default();
+    assert!(
+        status.inventory_complete && status.address == "b:7777",
+        "what the agent said stays"
+    );
+    // Told once, not in every pass.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let later = until_node(&cluster, "b", "b is called silent", says_silent).await;
+    assert_eq!(later.metadata.resource_version, silent.metadata.resource_version);
+    let others = until_node(&cluster, "a", "a reports", |node| node.status.is_some()).await;
+    assert!(!says_silent(&others));
+    assert!(cluster.events().await.iter().any(|reason| reason == "AgentSilent"));
+    cluster.machines.lock().expect("sound").off.clear();
+    until_node(&cluster, "b", "b is not called silent any more", |node| {
+        !says_silent(node)
+    })
+    .await;
     operator.stop().await;
     cluster.finish().await;
 }

@@ -39,6 +39,8 @@ pub(crate) struct Machines {
     pub(crate) promotions: usize,
     /// A failover was forced: two primaries for a while are what was asked for.
     pub(crate) forced: bool,
+    /// Nodes that are switched off.
+    pub(crate) off: Vec<String>,
 }
 
 pub(crate) struct Cluster {
@@ -189,6 +191,10 @@ impl Cluster {
 async fn run_agent(node: String, client: Client, machines: Arc<Mutex<Machines>>, stop: CancellationToken) {
     let mut beat = 0;
     while !stop.is_cancelled() {
+        if machines.lock().expect("sound").off.contains(&node) {
+            tokio::time::sleep(Duration::from_millis(15)).await;
+            continue;
+        }
         // An agent lives on through every error of the API.
         if beat % 10 == 0 {
             let _ = heartbeat(&node, &client, &machines).await;
