@@ -356,6 +356,12 @@ pub struct Fork {
     pub ours_bytes: i64,
     /// Bytes only the other has.
     pub theirs_bytes: i64,
+    /// `oursBytes` is a lower bound: the end of the log found after a restart has not been made durable again yet.
+    #[serde(default)]
+    pub ours_at_least: bool,
+    /// `theirsBytes` is a lower bound, as last heard: the other does not answer, and may have written on.
+    #[serde(default)]
+    pub theirs_at_least: bool,
     /// Seconds between the fork and this replica's last write; absent while that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ours_seconds: Option<i64>,

@@ -295,12 +295,34 @@ pub struct ForkReport {
     pub node_bytes: i64,
     /// Bytes only `other` has.
     pub other_bytes: i64,
+    /// `nodeBytes` is a lower bound: as last heard of a node that may have written on.
+    #[serde(default)]
+    pub node_at_least: bool,
+    /// `otherBytes` is a lower bound.
+    #[serde(default)]
+    pub other_at_least: bool,
     /// Seconds between the fork and the last write of `node`; absent while that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_seconds: Option<i64>,
     /// Seconds between the fork and the last write of `other`; absent while that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub other_seconds: Option<i64>,
+}
+
+/// What only the primary before a failover has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LeftBehind {
+    /// Its node.
+    pub node: String,
+    /// Its replica.
+    pub replica_uuid: Uuid,
+    /// Number of the designation that was the failover.
+    pub number: i64,
+    /// Bytes that the primary of now does not have.
+    pub bytes: i64,
+    /// `bytes` is a lower bound, as last heard: the old primary has not answered since the failover.
+    pub at_least: bool,
 }
 
 /// A replica that was given up by `ForgetNode`. When its node returns, the data is quarantined: never announced, never erased.
@@ -347,6 +369,9 @@ pub struct MarsResourceStatus {
     pub replicas: Vec<ReplicaSummary>,
     /// Histories that have parted.
     pub forks: Vec<ForkReport>,
+    /// After a failover: what only the primary before it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub left_behind: Option<LeftBehind>,
     /// Replicas given up by `ForgetNode`.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["replicaUuid"]))]
     pub tombstones: Vec<Tombstone>,

@@ -19,6 +19,8 @@ pub struct PeerFacts {
     pub designation: Option<Designation>,
     /// Its actual role; `None` until it has answered.
     pub role: Option<Role>,
+    /// Whether it answers now: what it said is of this moment.
+    pub answers: bool,
     /// When it last wrote (Lamport time of its last durable record); `None` until it has answered.
     pub durable_time: Option<Lamport>,
 }

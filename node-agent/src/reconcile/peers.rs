@@ -150,6 +150,7 @@ pub fn peer_facts(todo: &Todo, now: &PeersNow) -> Vec<PeerFacts> {
         node: node_of(todo, view.member.replica),
         designation: view.member.status.as_ref().map(|status| status.designation),
         role: view.member.status.as_ref().map(|status| status.role),
+        answers: view.member.reachable,
         durable_time: view.member.status.as_ref().map(|status| status.durable_time),
     };
     now.peers.iter().map(facts).collect()

@@ -422,4 +422,4 @@ impl Evidence {
 
 #[cfg(test)]
 #[path = "plan_tests.rs"]
-mod tests;
+pub(super) mod tests;

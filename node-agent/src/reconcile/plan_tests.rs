@@ -18,7 +18,7 @@ fn designation(number: u64) -> Designation {
     }
 }
 
-fn replica(number: u128) -> ReplicaId {
+pub(in crate::reconcile) fn replica(number: u128) -> ReplicaId {
     ReplicaId(Uuid::from_u128(number))
 }
 
@@ -68,7 +68,7 @@ fn todo(grant: Grant) -> Todo {
     }
 }
 
-fn status(role: Role, number: u64) -> ReplicaStatus {
+pub(in crate::reconcile) fn status(role: Role, number: u64) -> ReplicaStatus {
     let epoch = EpochEntry {
         id: EpochId(Uuid::from_u128(9)),
         parent: Position::default(),
@@ -108,17 +108,18 @@ fn status(role: Role, number: u64) -> ReplicaStatus {
     }
 }
 
-fn peer(number: u64, role: Role) -> PeerFacts {
+pub(in crate::reconcile) fn peer(number: u64, role: Role) -> PeerFacts {
     PeerFacts {
         replica: replica(11),
         node: "b".into(),
         designation: Some(designation(number)),
         role: Some(role),
+        answers: true,
         durable_time: None,
     }
 }
 
-fn facts(status: ReplicaStatus) -> Facts {
+pub(in crate::reconcile) fn facts(status: ReplicaStatus) -> Facts {
     Facts {
         device: match status.role {
             Role::Primary => Presence::Served { users: Vec::new() },

@@ -193,7 +193,7 @@ fn data_state(status: &ReplicaStatus) -> ReplicaData {
 /// One word for people; the first that applies.
 fn state_word(facts: &Facts, around: &Surroundings) -> &'static str {
     let status = &*facts.status;
-    if let Some((name, ..)) = status.faults.iter().map(describe).next() {
+    if let Some((name, ..)) = status.faults.iter().map(|fault| describe(fault, facts)).next() {
         return name;
     }
     let connected = around.contacts.iter().any(|contact| contact.connected);
@@ -355,8 +355,23 @@ fn fork(fault: &Fault, facts: &Facts) -> Option<api::Fork> {
         since: time_of(*since),
         ours_bytes: signed(*ours_bytes),
         theirs_bytes: signed(*theirs_bytes),
+        ours_at_least: facts.status.role == Role::Secondary && facts.status.appended.lsn > facts.status.durable.lsn,
+        theirs_at_least: may_have_more(*with, facts),
         ours_seconds: seconds_beyond(*since, *ours_bytes, Some(facts.status.durable_time)),
         theirs_seconds: seconds_beyond(*since, *theirs_bytes, theirs.and_then(|peer| peer.durable_time)),
+    })
+}
+
+/// Whether the other side of a fork may have more beyond it than it was heard to have: it does not answer, and when it last did it had not
+/// begun to follow the newest designation as a secondary, which takes nothing beyond the fork.
+fn may_have_more(other: ReplicaId, facts: &Facts) -> bool {
+    let other = facts.peers.iter().find(|peer| peer.replica == other);
+    other.is_none_or(|peer| {
+        let follows = peer.role == Some(Role::Secondary)
+            && peer
+                .designation
+                .is_some_and(|known| known.number >= facts.status.designation.number);
+        !peer.answers && !follows
     })
 }
 
@@ -370,7 +385,7 @@ fn seconds_beyond(since: Lamport, bytes: u64, last: Option<Lamport>) -> Option<i
 }
 
 /// Name of the condition, and what to do.
-fn describe(fault: &Fault) -> (&'static str, String) {
+fn describe(fault: &Fault, facts: &Facts) -> (&'static str, String) {
     match fault {
         Fault::LogStoreFailed { message } => (
             "LogStoreFailed",
@@ -428,7 +443,8 @@ fn describe(fault: &Fault) -> (&'static str, String) {
         } => (
             conditions::SPLIT_BRAIN,
             format!(
-                "the history forks from that of replica {with} at {at}: {ours_bytes} bytes are only here, {theirs_bytes} only there. Decide which one survives, then invalidate the other"
+                "the history forks from that of replica {with} at {at}: {ours_bytes} bytes are only here, {}{theirs_bytes} only there. Decide which one survives, then invalidate the other",
+                if may_have_more(*with, facts) { "at least " } else { "" }
             ),
         ),
         Fault::Orphan { reason } => ("Orphan", format!("{reason}. Invalidate this replica to sync it anew")),
@@ -447,12 +463,13 @@ const FAULTS: [&str; 7] = [
 ];
 
 /// What is wrong, as conditions. Both kinds of damaged log are one: of the two, the one that stops this replica is shown.
-fn named(faults: &[Fault]) -> Vec<(&'static str, String)> {
+fn named(facts: &Facts) -> Vec<(&'static str, String)> {
+    let faults = &facts.status.faults;
     let is_worse = faults.iter().any(|fault| matches!(fault, Fault::LogDefect { .. }));
     let shown = faults
         .iter()
         .filter(|fault| !(is_worse && matches!(fault, Fault::BacklogDefect { .. })));
-    shown.map(describe).collect()
+    shown.map(|fault| describe(fault, facts)).collect()
 }
 
 fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, around: &Surroundings) {
@@ -461,7 +478,7 @@ fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, ar
     let mut set = |name: &str, truth: Truth, reason: &str, message: &str| {
         conditions::set(list, name, truth, reason, message, generation, &now);
     };
-    let faults = named(&facts.status.faults);
+    let faults = named(facts);
     for (name, message) in &faults {
         set(name, Truth::True, name, message);
     }
@@ -508,6 +525,7 @@ fn set_conditions(report: &mut MarsReplicaStatus, facts: &Facts, plan: &Plan, ar
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::tests::{facts, peer, replica, status};
     use super::*;
     use mars_engine::types::Lsn;
 
@@ -527,7 +545,9 @@ mod tests {
             class,
         };
         let names = |faults: &[Fault]| {
-            let named = named(faults);
+            let mut status = status(Role::Primary, 6);
+            status.faults = faults.to_vec();
+            let named = named(&facts(status));
             assert!(named.iter().all(|(name, _)| FAULTS.contains(name)));
             named.into_iter().map(|(_, message)| message).collect::<Vec<_>>()
         };
@@ -535,5 +555,53 @@ mod tests {
         for both in [[kept.clone(), ahead.clone()], [ahead, kept]] {
             assert!(matches!(&names(&both)[..], [message] if message.contains("log-2")));
         }
+    }
+
+    #[test]
+    fn a53_what_the_other_side_of_a_fork_has_is_a_lower_bound_until_it_answers_or_follows() {
+        let fault = Fault::Fork {
+            with: replica(11),
+            at: Lsn(50),
+            since: Lamport(0),
+            ours_bytes: 50,
+            theirs_bytes: 70,
+        };
+        let told = |known: Option<(u64, Role, bool)>| {
+            let mut facts = facts(status(Role::Primary, 6));
+            facts.peers = known
+                .into_iter()
+                .map(|(number, role, answers)| {
+                    let mut peer = peer(number, role);
+                    peer.answers = answers;
+                    peer
+                })
+                .collect();
+            let at_least = fork(&fault, &facts).unwrap().theirs_at_least;
+            assert_eq!(describe(&fault, &facts).1.contains("at least 70 only there"), at_least);
+            at_least
+        };
+        assert!(told(None), "it never answered");
+        assert!(told(Some((5, Role::Primary, false))), "it may be writing");
+        assert!(told(Some((5, Role::Secondary, false))), "it may be fetching");
+        assert!(!told(Some((5, Role::Primary, true))), "as of now");
+        assert!(
+            !told(Some((6, Role::Secondary, false))),
+            "it takes nothing beyond the fork any more"
+        );
+    }
+
+    #[test]
+    fn a53_what_a_restarted_replica_has_not_made_durable_again_is_still_to_come() {
+        let fault = Fault::Fork {
+            with: replica(11),
+            at: Lsn(50),
+            since: Lamport(0),
+            ours_bytes: 50,
+            theirs_bytes: 70,
+        };
+        let mut status = status(Role::Secondary, 6);
+        assert!(!fork(&fault, &facts(status.clone())).unwrap().ours_at_least);
+        status.appended.lsn = Lsn(120);
+        assert!(fork(&fault, &facts(status)).unwrap().ours_at_least);
     }
 }

@@ -13,6 +13,7 @@
 pub(crate) mod actions;
 mod designation;
 mod intent;
+mod losses;
 mod members;
 mod rollout;
 mod status;

@@ -7,12 +7,11 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mars_crds::common::Lag;
 use mars_crds::conditions::{self, Truth};
-use mars_crds::resource::{ForkReport, ReplicaSummary};
+use mars_crds::resource::ReplicaSummary;
 use mars_crds::{ActualRole, MarsReplica, MarsResourceStatus, ReplicaData};
 use std::time::Duration;
-use uuid::Uuid;
 
-use super::{Context, Draft, Intent, Note, Reason, Severity, intent::role_word};
+use super::{Context, Draft, Intent, Note, Reason, Severity, intent::role_word, losses};
 use crate::world::Report;
 
 /// Conditions of a replica that make the resource `Degraded` when they are True.
@@ -35,6 +34,9 @@ pub(super) fn conclude(context: &Context<'_>, draft: &mut Draft) {
         draft.event(severity, &reason, message);
     }
     let old = context.world.resource.status.as_ref();
+    if let Some(message) = old.and_then(|old| has_answered(old, &status)) {
+        draft.event(Severity::Normal, "PredecessorAnswered", message);
+    }
     let changed = old.is_none_or(|old| *old != status);
     let only_positions = old.is_some_and(|old| without_positions(old) == without_positions(&status));
     let recent = context.world.positions_written.is_some_and(|written| {
@@ -45,6 +47,14 @@ pub(super) fn conclude(context: &Context<'_>, draft: &mut Draft) {
     }
 }
 
+/// The figure after a failover is final.
+fn has_answered(old: &MarsResourceStatus, new: &MarsResourceStatus) -> Option<String> {
+    let was = old.left_behind.as_ref().filter(|left| left.at_least)?;
+    let now = new.left_behind.as_ref().filter(|left| !left.at_least)?;
+    let (node, bytes) = (&now.node, losses::bytes(now.bytes, false));
+    (now.replica_uuid == was.replica_uuid).then(|| format!("{node} answers after the failover: {bytes} are only there"))
+}
+
 fn without_positions(status: &MarsResourceStatus) -> MarsResourceStatus {
     let mut status = status.clone();
     status.lag = None;
@@ -52,6 +62,9 @@ fn without_positions(status: &MarsResourceStatus) -> MarsResourceStatus {
     for replica in &mut status.replicas {
         replica.lag = None;
         replica.sync_percent = None;
+    }
+    if let Some(left) = &mut status.left_behind {
+        left.bytes = 0;
     }
     for fork in &mut status.forks {
         (fork.node_bytes, fork.other_bytes) = (0, 0);
@@ -86,7 +99,8 @@ fn summarize(context: &Context<'_>, draft: &Draft, status: &mut MarsResourceStat
     status.replicas_ready = format!("{ready}/{}", spec.replicas.len().max(world.replicas.len()));
     status.lag = worst_lag(context);
     status.lag_text = status.lag.as_ref().map(lag_text).unwrap_or_default();
-    status.forks = forks(context);
+    status.forks = losses::forks(context);
+    status.left_behind = losses::left_behind(context);
     status.state = state(context, draft, status).to_owned();
 }
 
@@ -168,39 +182,6 @@ fn human(bytes: i64) -> String {
         || format!("{bytes} B"),
         |(name, shift)| format!("{} {name}", bytes >> shift),
     )
-}
-
-fn forks(context: &Context<'_>) -> Vec<ForkReport> {
-    let node_of = |uuid| context.report(uuid).map(|report| report.node.clone());
-    // The other side may know what this one does not.
-    let seen_from = |with: Uuid, back: Uuid| {
-        let mut forks = context.report(with).into_iter().flat_map(|other| &other.forks);
-        forks.find(|fork| fork.with == back)
-    };
-    let mut forks: Vec<ForkReport> = Vec::new();
-    for report in &context.reports {
-        for fork in &report.forks {
-            let Some(other) = node_of(fork.with) else { continue };
-            let known = forks.iter().any(|known| {
-                (known.node == report.node && known.other == other)
-                    || (known.node == other && known.other == report.node)
-            });
-            if !known {
-                let back = seen_from(fork.with, report.replica_uuid);
-                forks.push(ForkReport {
-                    node: report.node.clone(),
-                    other,
-                    lsn: fork.lsn,
-                    since: fork.since.clone(),
-                    node_bytes: fork.ours_bytes,
-                    other_bytes: fork.theirs_bytes,
-                    node_seconds: fork.ours_seconds.or_else(|| back?.theirs_seconds),
-                    other_seconds: fork.theirs_seconds.or_else(|| back?.ours_seconds),
-                });
-            }
-        }
-    }
-    forks
 }
 
 fn state(context: &Context<'_>, draft: &Draft, status: &MarsResourceStatus) -> &'static str {
@@ -494,9 +475,9 @@ fn split_brain(draft: &Draft, status: &MarsResourceStatus) -> Verdict {
     if status.forks.is_empty() {
         return verdict(conditions::SPLIT_BRAIN, false, "OneHistory", "");
     }
-    let only_on = |node: &str, bytes: i64, seconds: Option<i64>| {
+    let only_on = |node: &str, (bytes, at_least): (i64, bool), seconds: Option<i64>| {
         let seconds = seconds.map_or_else(String::new, |seconds| format!(" / {seconds} s"));
-        format!("{bytes} bytes{seconds} only on {node}")
+        format!("{}{seconds} only on {node}", losses::bytes(bytes, at_least))
     };
     let list: Vec<String> = status
         .forks
@@ -507,8 +488,8 @@ fn split_brain(draft: &Draft, status: &MarsResourceStatus) -> Verdict {
                 fork.node,
                 fork.other,
                 fork.lsn,
-                only_on(&fork.node, fork.node_bytes, fork.node_seconds),
-                only_on(&fork.other, fork.other_bytes, fork.other_seconds)
+                only_on(&fork.node, (fork.node_bytes, fork.node_at_least), fork.node_seconds),
+                only_on(&fork.other, (fork.other_bytes, fork.other_at_least), fork.other_seconds)
             )
         })
         .collect();
@@ -539,6 +520,15 @@ fn degraded(context: &Context<'_>, draft: &Draft) -> Verdict {
             );
             causes.push((Reason::RpoExceeded.word(), message));
         }
+    }
+    if let Some(left) = losses::left_behind(context).filter(|left| left.at_least) {
+        let message = format!(
+            "{} was primary before the failover and has not settled since: {} of it are not on the primary; how many is known when it \
+             answers: start its agent",
+            left.node,
+            losses::bytes(left.bytes, true)
+        );
+        causes.push((Reason::PredecessorSilent.word(), message));
     }
     let silent = silent(context);
     if !silent.is_empty() {

@@ -361,6 +361,8 @@ impl Agent {
             since: None,
             ours_bytes: 1,
             theirs_bytes: 1,
+            ours_at_least: false,
+            theirs_at_least: false,
             ours_seconds: None,
             theirs_seconds: None,
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Proposal, may_succeed, record, wanted_failover};
-use crate::plan::{Context, Draft, actions, wish};
+use crate::plan::{Context, Draft, actions, losses, wish};
 use crate::world::Report;
 
 /// Carries out an acknowledged failover. Says whether one was decided.
@@ -26,14 +26,20 @@ pub(super) fn acknowledged(context: &Context<'_>, draft: &mut Draft, new_id: &mu
             return false;
         }
     };
+    let predecessor = predecessor(context);
+    let reason = format!(
+        "the MarsAction {} was acknowledged{}",
+        actions::name(action),
+        losses::foreseen(context, unreleased(predecessor.as_ref()), successor)
+    );
     let proposal = Proposal {
         node: node.to_owned(),
         replica_uuid: Some(successor.replica_uuid),
         source: DesignationSource::Failover,
-        reason: format!("the MarsAction {} was acknowledged", actions::name(action)),
+        reason,
         seen: wish::seen_now(context),
         action: Some(id),
-        predecessor: predecessor(context),
+        predecessor,
     };
     record(context, draft, new_id, proposal);
     true
@@ -72,6 +78,12 @@ fn predecessor(context: &Context<'_>) -> Option<Predecessor> {
     }
 }
 
+/// Whose history may go on beyond what is known of it.
+fn unreleased(predecessor: Option<&Predecessor>) -> Option<Uuid> {
+    let before = predecessor.filter(|before| before.released_end.is_none())?;
+    Some(before.replica_uuid)
+}
+
 /// Carries out a failover by policy. Says whether one was decided.
 pub(super) fn automatic(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut() -> Uuid) -> bool {
     let resource = &context.world.resource.spec;
@@ -85,14 +97,16 @@ pub(super) fn automatic(context: &Context<'_>, draft: &mut Draft, new_id: &mut d
     let Some(successor) = best(context, holder) else {
         return false;
     };
+    let predecessor = predecessor(context);
+    let losses = losses::foreseen(context, unreleased(predecessor.as_ref()), successor);
     let proposal = Proposal {
         node: successor.node.clone(),
         replica_uuid: Some(successor.replica_uuid),
         source: DesignationSource::Failover,
-        reason: format!("failover.policy is Automatic and {evidence}"),
+        reason: format!("failover.policy is Automatic and {evidence}{losses}"),
         seen: wish::seen_now(context),
         action: None,
-        predecessor: predecessor(context),
+        predecessor,
     };
     record(context, draft, new_id, proposal);
     true
