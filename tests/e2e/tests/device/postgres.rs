@@ -4,24 +4,28 @@ use anyhow::{Context, Result, ensure};
 use mars_e2e::cluster::{Cluster, Options, scenario};
 use mars_e2e::device::{Fs, Mount};
 use mars_e2e::link::isolate;
-use mars_e2e::machine::until;
+use mars_e2e::machine::{in_vm, on_disk, until};
 use mars_e2e::postgres::Postgres;
 use mars_e2e::volume::Volume;
 use std::time::Duration;
 
 #[test]
 fn postgresql_survives_two_handovers_mid_load_and_a_failover_loses_exactly_what_was_not_shipped() {
-    scenario(Options::default(), database);
+    let options = Options {
+        parent: on_disk(),
+        ..Options::default()
+    };
+    scenario(options, database);
 }
 
 fn database(cluster: &Cluster) -> Result<()> {
-    let volume = Volume::create(cluster, "pgdata", "1Gi", "a", &["a", "b", "c"])?;
+    let volume = Volume::create(cluster, "pgdata", "512Mi", "a", &["a", "b", "c"])?;
     let scratch = cluster.scratch("pg")?;
     let mount = |node: &str| Mount::new(&volume.device(node), &cluster.scratch("pgmount")?, "noatime");
     Fs::Ext4.make(&volume.device("a"))?;
     let mut mounted = mount("a")?;
     let mut server = Postgres::create(mounted.point(), &scratch)?;
-    server.bench_prepare(5)?;
+    server.bench_prepare(if in_vm() { 1 } else { 5 })?;
 
     for (from, to) in [("a", "b"), ("b", "a")] {
         let before = server.history()?;
