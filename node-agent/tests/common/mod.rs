@@ -190,7 +190,8 @@ impl Rig {
 
     pub(crate) fn umount(&mut self) {
         let at = self.mounts.pop().expect("something is mounted");
-        run("umount", &[text(&at)]);
+        // Whoever looks for users of devices – an agent of another test – holds a file for a moment.
+        wait_until("umount", || attempt("umount", &[text(&at)]).0);
     }
 }
 
