@@ -20,6 +20,7 @@ pub mod opening;
 pub mod peers;
 pub mod plan;
 pub mod presence;
+mod quarantine;
 mod removal;
 pub mod replica;
 pub mod report;

@@ -156,12 +156,15 @@ impl ReplicaTask {
                 (None, false) => self.try_open(&order).await,
                 (Some(_), _) => match self.device.presence() {
                     Presence::Absent | Presence::GivenUp { .. } => return Err(Ended::Delete),
-                    Presence::LeftBehind { users } if users.is_empty() => match self.give_up_device(&order).await {
-                        Ok(()) => return Err(Ended::Delete),
-                        Err(problem) => Err(problem),
-                    },
-                    // Its users are served until they stop. A forgotten one is served by nobody.
-                    Presence::LeftBehind { .. } if !order.forgotten => self.try_open(&order).await,
+                    // A forgotten one is served by nobody: whoever uses it would wait for ever.
+                    Presence::LeftBehind { users } if users.is_empty() || order.forgotten => {
+                        match self.give_up_device(&order).await {
+                            Ok(()) => return Err(Ended::Delete),
+                            Err(problem) => Err(problem),
+                        }
+                    }
+                    // Its users are served until they stop.
+                    Presence::LeftBehind { .. } => self.try_open(&order).await,
                     used => Err(Problem {
                         reason: "DeviceInUse",
                         message: format!(
@@ -515,39 +518,5 @@ impl ReplicaTask {
         }
         tokio::time::sleep(SETTLE).await;
         Ok(())
-    }
-
-    /// Waits as a quarantined replica; true when it is wanted again.
-    async fn quarantined(&mut self) -> bool {
-        loop {
-            let order = self.orders.borrow_and_update().clone();
-            if !order.forgotten {
-                return true;
-            }
-            self.device.look(&self.node.runtime, None, Duration::ZERO).await;
-            let device = self.device.presence();
-            if device.is_left_behind()
-                && device.in_use().is_none()
-                && let Err(problem) = self.give_up_device(&order).await
-            {
-                warn!(replica = order.todo.name, "{}", problem.message);
-            }
-            let waits = device.in_use().map_or_else(String::new, |users| {
-                format!(
-                    ". Its device is in use: {users}; nobody serves it, so they wait until the replica is taken back. To give it up, \
-                     end the device keeper of this node"
-                )
-            });
-            let message = format!(
-                "this replica was given up while its node was away: its data is kept, not announced and not used. \
-                 If no other replica has taken its place, remove it from MarsNode.spec.forgotten to take it back; else \
-                 delete its directory by hand once nothing in it is needed{waits}"
-            );
-            let reason = "Quarantined";
-            self.say_problem(&Problem { reason, message }, &order);
-            if self.pause(8).await.is_err() {
-                return false;
-            }
-        }
     }
 }

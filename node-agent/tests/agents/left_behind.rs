@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A mounted file system with a file in it.
 fn mounted(cluster: &Cluster, node: &Node, resource: &str) -> PathBuf {
@@ -181,4 +182,61 @@ fn a54_writes_in_flight_of_an_earlier_stay_never_reach_a_history_that_another_me
         read(&device, 0, 1 << 20) == pattern(3, 1 << 20),
         "what B wrote was overwritten"
     );
+}
+
+#[test]
+fn a62_users_of_the_device_of_a_replica_that_was_given_up_get_errors_and_its_data_stays() {
+    let cluster = Cluster::new(2);
+    let spec = Spec::new("given", &cluster.nodes);
+    cluster.start();
+    cluster.create(&spec);
+    let [a, b] = &cluster.nodes[..] else { unreachable!() };
+    let at = mounted(&cluster, a, "given");
+    run("sync", &["-f", at.to_str().unwrap()]);
+    a.wait_for("given", "everything on its data disk", |status| {
+        status["positions"]["applied"] == status["positions"]["durable"]["lsn"]
+    });
+    // Nobody answers A when it comes back, so it does not resume its role before it learns that another replica has taken its place.
+    a.kill_agent();
+    b.kill_agent();
+    let files = |spec: &Spec| {
+        (
+            fs::read(a.data_file(spec)).unwrap(),
+            a.replica_dir(spec).join("slot-0").exists(),
+        )
+    };
+    let before = files(&spec);
+    let anew = Spec {
+        resource: spec.resource.clone(),
+        resource_uuid: spec.resource_uuid,
+        replicas: Spec::new("given", &cluster.nodes).replicas,
+    };
+    cluster.order(&anew, a, &json!({"designation": designation(2)}));
+    a.start_agent();
+    // Whoever hangs here would hang the test: it waits in a thread of its own.
+    let (told, errors) = std::sync::mpsc::channel();
+    let path = at.join("after");
+    std::thread::spawn(move || {
+        while write(&path, 2).is_ok() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let _ = told.send(());
+    });
+    assert!(
+        errors.recv_timeout(Duration::from_secs(20)).is_ok(),
+        "the user of its device hangs"
+    );
+    let old = spec.replicas["a"].to_string();
+    let message = eventually("it is named", || {
+        let (_, answer) = a.ask("GET", "/status", &Value::Null)?;
+        let mut replicas = answer["replicas"].as_array()?.iter();
+        let status = replicas.find(|replica| replica["replicaUuid"] == old)?["status"].clone();
+        let mut conditions = status["conditions"].as_array()?.iter();
+        let ready = conditions.find(|condition| condition["reason"] == "Quarantined")?;
+        let message = ready["message"].as_str()?.to_owned();
+        message.contains("get I/O errors").then_some(message)
+    });
+    assert!(message.contains(at.to_str().unwrap()), "{message}");
+    assert!(files(&spec) == before, "no byte of it was touched");
+    run("umount", &["-l", at.to_str().unwrap()]);
 }
