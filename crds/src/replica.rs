@@ -78,10 +78,25 @@ pub enum ReplicaData {
     printcolumn(name = "ROLE", type_ = "string", json_path = ".status.role"),
     printcolumn(name = "DATA", type_ = "string", json_path = ".status.dataState"),
     printcolumn(name = "STATE", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "DURABLE", type_ = "integer", json_path = ".status.positions.durable.lsn"),
+    printcolumn(name = "APPLIED", type_ = "integer", json_path = ".status.positions.applied"),
     printcolumn(name = "LAG-BYTES", type_ = "integer", json_path = ".status.lag.bytes"),
     printcolumn(name = "LAG-SECONDS", type_ = "integer", json_path = ".status.lag.seconds"),
     printcolumn(name = "SYNC%", type_ = "integer", json_path = ".status.sync.percent"),
     printcolumn(name = "AGE", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(
+        name = "REPLAYED",
+        type_ = "integer",
+        json_path = ".status.positions.replayed",
+        priority = 1
+    ),
+    printcolumn(
+        name = "LOG-START",
+        type_ = "integer",
+        json_path = ".status.positions.logStart",
+        priority = 1
+    ),
+    printcolumn(name = "AS-OF", type_ = "date", json_path = ".status.lag.asOf", priority = 1),
     printcolumn(name = "DEVICE", type_ = "string", json_path = ".status.device.path", priority = 1),
     printcolumn(
         name = "DESIGNATION",

@@ -56,3 +56,40 @@ fn the_schemas_are_structural_and_without_unsigned_formats() {
         );
     }
 }
+
+/// The property that a path of plain fields leads to; a filter on a list leads to its items.
+fn property<'a>(schema: &'a Value, path: &str) -> Option<&'a Value> {
+    let mut at = schema;
+    let mut rest = path.strip_prefix('.')?;
+    while !rest.is_empty() {
+        let end = rest.find(['.', '[']).unwrap_or(rest.len());
+        at = &at["properties"][&rest[..end]];
+        rest = &rest[end..];
+        if let Some(filter) = rest.strip_prefix('[') {
+            at = &at["items"];
+            rest = &filter[filter.find(']')? + 1..];
+        }
+        rest = rest.strip_prefix('.').unwrap_or(rest);
+    }
+    (!at.is_null()).then_some(at)
+}
+
+#[test]
+fn printer_columns_lead_to_fields_and_tell_the_positions_of_a_replica() {
+    let mut names = Vec::new();
+    for crd in mars_crds::generate::crds() {
+        let version = serde_json::to_value(crd).expect("JSON")["spec"]["versions"][0].take();
+        for column in version["additionalPrinterColumns"].as_array().expect("columns") {
+            let path = column["jsonPath"].as_str().expect("a path");
+            let is_meta = path.starts_with(".metadata.");
+            assert!(
+                is_meta || property(&version["schema"]["openAPIV3Schema"], path).is_some(),
+                "{path} leads nowhere"
+            );
+            names.push(column["name"].as_str().unwrap_or_default().to_owned());
+        }
+    }
+    for name in ["DURABLE", "APPLIED", "LAG-BYTES", "LAST-SEEN", "SILENT"] {
+        assert!(names.iter().any(|known| known == name), "no column {name}: {names:?}");
+    }
+}
