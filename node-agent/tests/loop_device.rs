@@ -74,56 +74,7 @@ fn a12_many_requests_in_flight_are_answered_out_of_order_and_right() {
 fn killed_under_fio(engine: Engine) {
     let rig = Rig::new();
     rig.storage(64 * MIB);
-    let mut served = rig.serve(engine, &[]);
-    let filename = format!("--filename={}", served.device());
-    let job = [
-        "--name=v",
-        "--rw=randwrite",
-        "--bsrange=4k-64k",
-        "--iodepth=16",
-        "--ioengine=libaio",
-        "--direct=1",
-    ];
-    let load = [
-        "--size=64M",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--verify_state_save=0",
-        "--verify_backlog=64",
-        "--loops=100000",
-        &filename,
-    ];
-    let mut fio = Command::new("fio")
-        .args(job)
-        .args(load)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let identity = (served.numbers.clone(), served.diskseq.clone());
-    for round in 0..common::kills() {
-        let before = served.sysfs("stat");
-        let mut ended = false;
-        wait_until("I/O between two kills", || {
-            ended = fio.try_wait().unwrap().is_some();
-            ended || served.sysfs("stat") != before
-        });
-        if ended {
-            // It says why.
-            common::assert_fio_clean(fio);
-            panic!("fio ended after kill {round}");
-        }
-        served.kill();
-        served = rig.serve(engine, &[]);
-        assert_eq!(
-            (&served.numbers, &served.diskseq),
-            (&identity.0, &identity.1),
-            "another device after kill {round}"
-        );
-    }
-    // SIGINT: fio finishes what it is doing and reports.
-    run("kill", &["-INT", &fio.id().to_string()]);
-    common::assert_fio_clean(fio);
+    let mut served = common::killed_under_fio(&rig, engine, common::kills(), "64M");
     assert!(rig.log_text("server.log").contains("took the device over"));
     served.ok("detach");
 }

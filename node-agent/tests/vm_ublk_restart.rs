@@ -15,62 +15,10 @@ use std::process::{Child, Command, Stdio};
 
 const MIB: u64 = 1 << 20;
 
-fn fio(device: &str) -> Child {
-    let filename = format!("--filename={device}");
-    let job = [
-        "--name=v",
-        "--rw=randwrite",
-        "--bsrange=4k-64k",
-        "--iodepth=16",
-        "--ioengine=libaio",
-        "--direct=1",
-    ];
-    let load = [
-        "--size=32M",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-        "--verify_state_save=0",
-        "--verify_backlog=64",
-        "--loops=100000",
-        &filename,
-    ];
-    let mut command = Command::new("fio");
-    command
-        .args(job)
-        .args(load)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command.spawn().unwrap()
-}
-
 fn killed_under_fio(engine: Engine, kills: u32) {
     let rig = Rig::for_ublk();
     rig.storage(64 * MIB);
-    let mut served = rig.serve(engine, &[]);
-    let mut fio = fio(served.device());
-    let identity = (served.numbers.clone(), served.diskseq.clone());
-    for round in 0..kills {
-        let before = served.sysfs("stat");
-        let mut ended = false;
-        wait_until("I/O between two kills", || {
-            ended = fio.try_wait().unwrap().is_some();
-            ended || served.sysfs("stat") != before
-        });
-        if ended {
-            // It says why.
-            common::assert_fio_clean(fio);
-            panic!("fio ended after kill {round}");
-        }
-        served.kill();
-        served = rig.serve(engine, &[]);
-        assert_eq!(
-            (&served.numbers, &served.diskseq),
-            (&identity.0, &identity.1),
-            "another device after kill {round}"
-        );
-    }
-    run("kill", &["-INT", &fio.id().to_string()]);
-    common::assert_fio_clean(fio);
+    let mut served = common::killed_under_fio(&rig, engine, kills, "32M");
     assert!(rig.log_text("server.log").contains("taking the device over"));
     wait_until("the end of all use", || served.ok("users").is_empty());
     served.ok("detach");

@@ -370,6 +370,60 @@ pub(crate) fn kills() -> u32 {
     std::env::var("MARS_TEST_KILLS").map_or(otherwise, |text| text.parse().expect("MARS_TEST_KILLS is a number"))
 }
 
+/// fio writes the device again and again and verifies what it wrote, until it is told to end.
+fn verifying_writer(device: &str, size: &str) -> Child {
+    let (filename, size) = (format!("--filename={device}"), format!("--size={size}"));
+    let job = [
+        "--name=v",
+        "--rw=randwrite",
+        "--bsrange=4k-64k",
+        "--iodepth=16",
+        "--ioengine=libaio",
+        "--direct=1",
+    ];
+    let load = [
+        &size,
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        "--verify_backlog=64",
+        "--loops=100000",
+        &filename,
+    ];
+    let mut command = Command::new("fio");
+    command.args(job).args(load);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("start fio")
+}
+
+/// the server dies again and again under a verifying writer, who must notice nothing; the device stays the same one.
+pub(crate) fn killed_under_fio(rig: &Rig, engine: Engine, kills: u32, size: &str) -> Served {
+    let mut served = rig.serve(engine, &[]);
+    let mut fio = verifying_writer(served.device(), size);
+    let identity = (served.numbers.clone(), served.diskseq.clone());
+    for kill in 0..kills {
+        let before = served.sysfs("stat");
+        let mut ended = false;
+        wait_until("I/O between two kills", || {
+            ended = fio.try_wait().unwrap().is_some();
+            ended || served.sysfs("stat") != before
+        });
+        if ended {
+            // It says why.
+            assert_fio_clean(fio);
+            panic!("fio ended after kill {kill}");
+        }
+        served.kill();
+        served = rig.serve(engine, &[]);
+        let now = (served.numbers.clone(), served.diskseq.clone());
+        assert_eq!(now, identity, "another device after kill {kill}");
+    }
+    // SIGINT: fio finishes what it is doing and reports.
+    run("kill", &["-INT", &fio.id().to_string()]);
+    assert_fio_clean(fio);
+    served
+}
+
 /// Waits for fio, which was told to end, and checks that it found every byte as it wrote it.
 pub(crate) fn assert_fio_clean(fio: Child) {
     let output = fio.wait_with_output().unwrap();
