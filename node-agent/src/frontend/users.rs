@@ -124,8 +124,15 @@ impl Target {
     fn in_processes(&self, found: &mut BTreeSet<DeviceUser>) {
         // Mount tables by namespace: all processes of one show the same.
         let mut namespaces = BTreeSet::new();
-        for entry in sysfs::entries(Path::new("/proc")) {
-            let Ok(pid) = entry.parse::<u32>() else { continue };
+        let mut pids: Vec<(bool, u32)> = sysfs::entries(Path::new("/proc"))
+            .iter()
+            .filter_map(|entry| entry.parse().ok())
+            .map(|pid| (is_kernel_thread(pid), pid))
+            .collect();
+        // A mount is named with the first process that sees it: rather one of people than a thread of the kernel.
+        pids.sort_unstable();
+        for (_, pid) in pids {
+            let entry = pid.to_string();
             let dir = Path::new("/proc").join(&entry);
             if let Ok(namespace) = std::fs::read_link(dir.join("ns/mnt"))
                 && namespaces.insert(namespace)
@@ -305,6 +312,11 @@ fn mount_of_fd(fdinfo: &Path) -> Option<String> {
             .trim()
             .to_owned(),
     )
+}
+
+/// Threads of the kernel have no program.
+fn is_kernel_thread(pid: u32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/exe")).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn command(dir: &Path) -> String {

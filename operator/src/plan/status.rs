@@ -284,7 +284,7 @@ fn refusal(replica: &MarsReplica) -> Option<String> {
 }
 
 /// The same of the replica that shall be primary.
-fn refusal_of_designated(context: &Context<'_>) -> Option<String> {
+pub(super) fn refusal_of_designated(context: &Context<'_>) -> Option<String> {
     refusal(context.world.replica_on(&context.designation()?.node)?)
 }
 

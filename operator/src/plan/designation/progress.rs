@@ -10,6 +10,7 @@ use mars_crds::resource::{Designation, DesignationSource, Predecessor};
 use uuid::Uuid;
 
 use super::{Proposal, may_succeed, record};
+use crate::plan::status::refusal_of_designated;
 use crate::plan::{Context, Draft, Intent, Note, Reason, Severity, wish};
 use crate::world::Report;
 
@@ -294,9 +295,15 @@ fn waits_for_holder(context: &Context<'_>, draft: &mut Draft, designation: &Desi
                 }
             ),
         },
-        None if heard => Note {
-            reason: Reason::Promoting,
-            message: format!("{node} is designated ({source:?}) and starts; nothing to do"),
+        None if heard => match refusal_of_designated(context) {
+            Some(cause) => Note {
+                reason: Reason::SuccessorNotReady,
+                message: format!("{node} is designated ({source:?}) and its agent does not run the replica: {cause}"),
+            },
+            None => Note {
+                reason: Reason::Promoting,
+                message: format!("{node} is designated ({source:?}) and starts; nothing to do"),
+            },
         },
         None => Note {
             reason: Reason::SuccessorNotReady,
