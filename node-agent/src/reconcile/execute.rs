@@ -145,6 +145,7 @@ impl ReplicaTask {
                     }
                 })
             }
+            Step::NothingToFake(id) => remember(running, |done| done.fake_sync = Some(*id)),
             Step::Rotate(id) => {
                 command(running, Command::Rotate).await?;
                 remember(running, |done| done.rotate = Some(*id))
@@ -282,6 +283,7 @@ async fn promote(running: &Running, designation: Designation, cause: Cause) -> O
 pub(super) fn remember(running: &mut Running, change: impl FnOnce(&mut super::facts::Done)) -> Outcome {
     let mut done = running.done.clone();
     change(&mut done);
+    done.keep_earlier(&running.done);
     opening::write_done(&running.dir.path, &done).map_err(|error| problem("StateFailed", &error))?;
     running.done = done;
     Ok(())

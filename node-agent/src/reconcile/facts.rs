@@ -1,6 +1,7 @@
 //! What is known about one replica at one moment; the other input of [`plan`](super::plan::plan).
 
 use super::presence::Presence;
+use super::todo::OneShots;
 use crate::pool::witness::Witness;
 use mars_engine::api::{ReplicaStatus, Role, Tuning};
 use mars_engine::types::{Designation, Lamport, ReplicaId};
@@ -56,12 +57,44 @@ pub struct Done {
     pub fake_sync: Option<Uuid>,
     /// Last `rotateLog`.
     pub rotate: Option<Uuid>,
+    /// One-shot orders that were done before these, oldest first.
+    pub earlier: Vec<Uuid>,
     /// Last refusal of the primary role.
     pub refused_promote: Option<RefusedPromote>,
     /// The designation under which this replica is, or was last, primary.
     pub primary_under: Option<Designation>,
     /// Set while the data disk is let go of.
     pub detached: Option<Detached>,
+}
+
+/// So many orders are remembered beside the last ones.
+const MOST_EARLIER: usize = 256;
+
+impl Done {
+    /// Which of these orders are still to be carried out. One that was done long ago may be ordered again, by objects that were
+    /// restored from a backup: it counts as done for good.
+    #[must_use]
+    pub fn open(&self, orders: OneShots) -> OneShots {
+        let open = |order: Option<Uuid>, last| order.filter(|id| last != Some(*id) && !self.earlier.contains(id));
+        OneShots {
+            invalidate: open(orders.invalidate, self.invalidate),
+            fake_sync: open(orders.fake_sync, self.fake_sync),
+            rotate: open(orders.rotate, self.rotate),
+        }
+    }
+
+    /// Keeps in mind what `before` names as done last, and this does not any more.
+    pub fn keep_earlier(&mut self, before: &Done) {
+        let pairs = [
+            (before.invalidate, self.invalidate),
+            (before.fake_sync, self.fake_sync),
+            (before.rotate, self.rotate),
+        ];
+        let replaced = pairs.into_iter().filter(|(old, new)| old != new);
+        self.earlier.extend(replaced.filter_map(|(old, _)| old));
+        let over = self.earlier.len().saturating_sub(MOST_EARLIER);
+        self.earlier.drain(..over);
+    }
 }
 
 /// A data disk that this replica has let go of.

@@ -2,7 +2,7 @@
 //!
 //! Invariant: both directions are newest-value channels, so neither side ever waits for the other.
 
-use super::facts::{Evidence, PeerFacts};
+use super::facts::{Done, Evidence, PeerFacts};
 use super::report::Contact;
 use super::todo::{Grant, GrantCause, Limits, PeerTodo, Todo};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -30,9 +30,10 @@ pub struct FollowOrder {
 }
 
 impl FollowOrder {
-    /// From the spec, and the newest designation known (which may come from elsewhere).
+    /// From the spec, the newest designation known (which may come from elsewhere), and what was done of the spec already: an order to
+    /// believe a copy counts once, not again for the next copy in a later life of the agent.
     #[must_use]
-    pub fn new(todo: &Todo, known: Designation) -> FollowOrder {
+    pub fn new(todo: &Todo, known: Designation, done: &Done) -> FollowOrder {
         let ordered = todo
             .grant
             .designation()
@@ -69,7 +70,7 @@ impl FollowOrder {
             peers: todo.peers.clone(),
             limits: todo.limits,
             compression: todo.tuning.compression,
-            fake_sync: todo.one_shots.fake_sync,
+            fake_sync: done.open(todo.one_shots).fake_sync,
         }
     }
 }
@@ -226,14 +227,14 @@ mod tests {
     fn a50_a_third_member_is_told_of_predecessor_and_epoch_only_while_the_spec_is_the_newest_word() {
         let [a, b] = [11, 12].map(|number| ReplicaId(Uuid::from_u128(number)));
         let told = todo(&json!({"designated": {"replicaUuid": b.0, "predecessor": a.0, "epoch": Uuid::from_u128(5)}}));
-        let wish = FollowOrder::new(&told, designation(6)).wish;
+        let wish = FollowOrder::new(&told, designation(6), &Done::default()).wish;
         assert_eq!(
             (wish.designated, wish.predecessor, wish.handover),
             (Some(b), Some(a), true)
         );
         assert_eq!(wish.epoch.map(|epoch| epoch.0), Some(Uuid::from_u128(5)));
         // Somebody knows a newer designation: what this spec says of the roles does not count any more.
-        let wish = FollowOrder::new(&told, designation(8)).wish;
+        let wish = FollowOrder::new(&told, designation(8), &Done::default()).wish;
         let nothing = Wish {
             designation: designation(8),
             ..Wish::default()
@@ -241,10 +242,25 @@ mod tests {
         assert_eq!(wish, nothing);
         // The handover is over.
         let settled = todo(&json!({"designated": {"replicaUuid": b.0}}));
-        let wish = FollowOrder::new(&settled, designation(7)).wish;
+        let wish = FollowOrder::new(&settled, designation(7), &Done::default()).wish;
         assert_eq!(
             (wish.designated, wish.predecessor, wish.handover),
             (Some(b), None, false)
         );
+    }
+
+    #[test]
+    fn a32_an_order_to_believe_a_copy_is_not_followed_again_by_a_later_life_of_the_agent() {
+        let id = Uuid::from_u128(20);
+        let told = todo(&json!({"fakeSync": {"id": id}}));
+        let order = |done: &Done| FollowOrder::new(&told, designation(6), done).fake_sync;
+        let mut done = Done::default();
+        assert_eq!(order(&done), Some(id));
+        done.fake_sync = Some(id);
+        assert_eq!(order(&done), None, "the next copy is a real one");
+        let before = done.clone();
+        done.fake_sync = Some(Uuid::from_u128(21));
+        done.keep_earlier(&before);
+        assert_eq!(order(&done), None, "also when the order comes back from a backup");
     }
 }

@@ -13,7 +13,7 @@ use super::facts::{Evidence, Facts};
 use super::presence::Presence;
 use super::todo::{Grant, Todo};
 use held::{effective_switches, hold_or_let_go, invalidate, left_over};
-use mars_engine::api::{Resumable, Role, Switches, Tuning};
+use mars_engine::api::{DataState, Resumable, Role, Switches, Tuning};
 use mars_engine::lineage::Cause;
 use mars_engine::types::{Designation, ReplicaId};
 use promotion::{engine_cause, granted};
@@ -71,6 +71,8 @@ pub enum Step {
     Resize(u64),
     /// Throw away log and claim of consistency.
     Invalidate(Uuid),
+    /// The order to believe a copy has come to data that is consistent without it: it must not wait for a later copy.
+    NothingToFake(Uuid),
     /// Continue in a new segment.
     Rotate(Uuid),
 }
@@ -201,12 +203,9 @@ fn while_primary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     if todo.size_bytes > facts.status.size_bytes {
         plan.steps.push(Step::Resize(todo.size_bytes));
     }
-    one_shot(todo.one_shots.rotate, facts.done.rotate, Step::Rotate, plan);
-    if todo
-        .one_shots
-        .invalidate
-        .is_some_and(|id| facts.done.invalidate != Some(id))
-    {
+    let open = facts.done.open(todo.one_shots);
+    plan.steps.extend(open.rotate.map(Step::Rotate));
+    if open.invalidate.is_some() {
         plan.wait(
             "InvalidateRefused",
             "a primary's data is never thrown away: hand over first",
@@ -318,12 +317,6 @@ fn device_unknown(reason: &str) -> String {
     )
 }
 
-fn one_shot(order: Option<Uuid>, done: Option<Uuid>, step: impl Fn(Uuid) -> Step, plan: &mut Plan) {
-    if let Some(id) = order.filter(|id| done != Some(*id)) {
-        plan.steps.push(step(id));
-    }
-}
-
 fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     if facts.device.is_served() {
         // Left over from a stay as primary that has ended.
@@ -348,17 +341,18 @@ fn while_secondary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         }
     }
     invalidate(todo, facts, plan);
-    if todo
-        .one_shots
-        .fake_sync
-        .is_some_and(|id| facts.done.fake_sync != Some(id))
-    {
-        plan.wait(
+    let open = facts.done.open(todo.one_shots);
+    match open.fake_sync {
+        Some(id) if facts.status.data == DataState::Consistent && open.invalidate.is_none() => {
+            plan.steps.push(Step::NothingToFake(id));
+        }
+        Some(_) => plan.wait(
             "FakeSync",
             "waits for a sync that needs a source, to take its data for equal",
-        );
+        ),
+        None => {}
     }
-    one_shot(todo.one_shots.rotate, facts.done.rotate, Step::Rotate, plan);
+    plan.steps.extend(open.rotate.map(Step::Rotate));
     hold_or_let_go(todo, facts, plan);
 }
 

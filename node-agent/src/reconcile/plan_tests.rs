@@ -531,6 +531,14 @@ fn orders_with_an_id_are_done_once() {
         ..Done::default()
     };
     assert_eq!(plan(&todo, &facts).steps, []);
+    let before = facts.done.clone();
+    (facts.done.invalidate, facts.done.rotate) = (Some(Uuid::from_u128(78)), None);
+    facts.done.keep_earlier(&before);
+    assert_eq!(plan(&todo, &facts).steps, [], "a restored backup orders nothing anew");
+    todo.one_shots.fake_sync = Some(Uuid::from_u128(79));
+    let moot = Step::NothingToFake(Uuid::from_u128(79));
+    assert_eq!(plan(&todo, &facts).steps, [moot], "it does not wait for a later copy");
+    todo.one_shots.fake_sync = None;
     let mut primary = self::facts(status(Role::Primary, 3));
     primary.done.rotate = Some(id);
     todo.grant = primary_grant(3, GrantCause::Create);

@@ -251,7 +251,7 @@ impl ReplicaTask {
             .map_err(failed)?;
         let engine = handle.status();
         let known = engine.borrow().designation;
-        let (line, end) = peers::line(FollowOrder::new(todo, known));
+        let (line, end) = peers::line(FollowOrder::new(todo, known, &done));
         let local = LocalReplica {
             name: todo.resource.clone(),
             resource: todo.resource_id,

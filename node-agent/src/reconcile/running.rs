@@ -114,7 +114,7 @@ impl Running {
             .chain([status.designation])
             .max_by_key(|designation| designation.number)
             .unwrap_or_default();
-        let order = FollowOrder::new(todo, known);
+        let order = FollowOrder::new(todo, known, &self.done);
         self.line.order.send_if_modified(|current| {
             let changed = **current != order;
             if changed {

@@ -105,11 +105,7 @@ fn is_overruled(todo: &Todo, facts: &Facts) -> bool {
 
 /// Throws the data away, unless somebody waits on it: their device would be served from other data afterwards.
 pub(super) fn invalidate(todo: &Todo, facts: &Facts, plan: &mut Plan) {
-    let Some(id) = todo
-        .one_shots
-        .invalidate
-        .filter(|id| facts.done.invalidate != Some(*id))
-    else {
+    let Some(id) = facts.done.open(todo.one_shots).invalidate else {
         return;
     };
     if let Some(users) = facts.device.in_use() {
