@@ -393,7 +393,8 @@ pub enum Command {
     Rotate,
     /// Throw away log and claim of consistency and become the target of a sync. Recorded durably before anything is touched.
     Invalidate,
-    /// Begin (or resume) a sync whose source is at this position with this lineage.
+    /// Begin (or resume) a sync whose source is at this position with this lineage. Only for data that is to be copied already: whatever
+    /// else is here is thrown away by `Invalidate` alone.
     BeginSync {
         /// From whom.
         source: ReplicaId,
@@ -403,6 +404,8 @@ pub enum Command {
         lineage: Lineage,
         /// Size of the source's device (bytes).
         size_bytes: u64,
+        /// Where the source's log begins: a local log that ends before cannot be continued, and a copy that rests on it is given up.
+        log_start: Lsn,
     },
     /// Bytes of a sync; `data: None` means zeros. Replies when written (not flushed).
     SyncWrite {

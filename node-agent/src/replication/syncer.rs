@@ -101,10 +101,7 @@ impl Syncer {
     pub(super) async fn run(self) -> Result<(), SyncError> {
         let connections = client::connect_bulk(&self.shared, &self.peer).await?;
         let offer = self.open(&connections[0]).await?;
-        let own = self.entry.port.status().borrow().clone();
-        for command in sync::begin(&own, self.peer.replica, &offer) {
-            self.entry.port.command(command).await?;
-        }
+        self.entry.port.command(sync::begin(self.peer.replica, &offer)).await?;
         let own = self.entry.port.status().borrow().clone();
         let from_bytes = sync::resume_point(&own).ok_or(SyncError::NotBegun)?;
         let total_bytes = own.sync.ok_or(SyncError::NotBegun)?.total_bytes;

@@ -165,9 +165,10 @@ impl<S: Store> Owner<S> {
                 start,
                 lineage,
                 size_bytes,
+                log_start,
             } => {
                 self.secondary_only("a primary is never the target of a sync")?;
-                let Some(restart) = self.plan_sync(source, start, lineage, size_bytes)? else {
+                let Some(restart) = self.plan_sync((source, start), lineage, size_bytes, log_start)? else {
                     self.go_on_with_sync(id);
                     return Ok(());
                 };

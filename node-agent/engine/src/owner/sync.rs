@@ -11,7 +11,7 @@ use crate::jobs::Job;
 use crate::lineage::{Cause, Lineage};
 use crate::state::{SavedSync, Waypoint};
 use crate::store::Store;
-use crate::types::{ByteRange, Position, ReplicaId, SECTOR_BYTES};
+use crate::types::{ByteRange, Lsn, Position, ReplicaId, SECTOR_BYTES};
 use crate::writeback::Extent;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -75,11 +75,18 @@ impl<S: Store> Owner<S> {
     /// Decides how a sync begins: `None` = the one under way goes on where it is.
     pub(super) fn plan_sync(
         &mut self,
-        source: ReplicaId,
-        start: Position,
+        (source, start): (ReplicaId, Position),
         lineage: Lineage,
         size_bytes: u64,
+        log_start: Lsn,
     ) -> Result<Option<Restart>, Refusal> {
+        if self.saved.data != DataState::Syncing {
+            // It may have become consistent since the copy was thought to be needed.
+            return Err(Refusal::Invalid(format!(
+                "the data here is {:?} and not to be copied: invalidate it first, if it may be thrown away",
+                self.saved.data
+            )));
+        }
         let Some(last) = lineage.0.last().filter(|last| last.id == start.epoch) else {
             return Err(Refusal::Invalid(
                 "the source's history does not end in the epoch of its position".into(),
@@ -97,6 +104,7 @@ impl<S: Store> Owner<S> {
             .saved
             .sync
             .filter(|_| self.saved.data == DataState::Syncing && self.saved.waypoint.is_none())
+            && self.log.durable().lsn >= log_start
             && self.may_continue(&sync, source, start, &lineage)
         {
             let floor = if source == sync.source {

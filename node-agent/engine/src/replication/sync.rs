@@ -71,21 +71,15 @@ pub fn sync_need(own: &ReplicaStatus, wish: &Wish, members: &[Member], log_stuck
 
 /// What to tell the owner before a session with `source`; afterwards its status says where the copy goes on.
 ///
-/// The owner keeps the blocks already copied when the source's history makes that right. It cannot know that the log it would
-/// need next is gone at the source: then what is here is given up first.
+/// The owner keeps the blocks already copied when the source's history, and the log that the source still has, make that right.
 #[must_use]
-pub fn begin(own: &ReplicaStatus, source: ReplicaId, offer: &SyncOffer) -> Vec<Command> {
-    let begin = Command::BeginSync {
+pub fn begin(source: ReplicaId, offer: &SyncOffer) -> Command {
+    Command::BeginSync {
         source,
         start: offer.applied,
         lineage: prefix(&offer.lineage, offer.applied),
         size_bytes: offer.size_bytes,
-    };
-    let log_ends_too_early = !own.lineage.0.is_empty() && own.durable.lsn < offer.log_start;
-    if log_ends_too_early {
-        vec![Command::Invalidate, begin]
-    } else {
-        vec![begin]
+        log_start: offer.log_start,
     }
 }
 

@@ -261,12 +261,8 @@ fn open_copy(nodes: &mut [Node], ids: &[ReplicaId], at: usize, from: usize) {
         peer: ids[at],
         durable: offer.applied,
     });
-    let mut awaited = BTreeMap::new();
-    let status = nodes[at].rig.owner().status().clone();
-    for command in sync::begin(&status, ids[from], &offer) {
-        let id = nodes[at].rig.order(command);
-        awaited.insert(id, Awaited::Begin);
-    }
+    let id = nodes[at].rig.order(sync::begin(ids[from], &offer));
+    let awaited = BTreeMap::from([(id, Awaited::Begin)]);
     nodes[at].fetch = None;
     nodes[at].copy = Some(Copy {
         from,

@@ -1,6 +1,6 @@
 //! A replica that becomes equal to another one: the target side of a copy.
 
-use super::pair::{begin_sync, catch_up, copy, disk, flush, pair, ship};
+use super::pair::{begin, begin_sync, catch_up, copy, disk, flush, pair, ship};
 use super::{DEVICE, designation, for_seeds, ok, primary};
 use crate::api::{Cause, Command, DataState, Refusal};
 use crate::testing::{Load, Rig};
@@ -101,4 +101,58 @@ fn an_invalidated_replica_starts_over_and_its_old_log_is_gone() {
     a.settle();
     assert_eq!(b.owner().status().data, DataState::Consistent);
     assert!(disk(&a) == disk(&b));
+}
+
+#[test]
+fn p12_a_copy_that_begins_too_late_does_not_throw_consistent_data_away() {
+    let (mut a, mut b, mut load) = pair(5);
+    for _ in 0..20 {
+        load.step(&mut a);
+    }
+    flush(&mut a);
+    catch_up(&mut a, &mut b);
+    let before = b.owner().status().clone();
+    assert_eq!(before.data, DataState::Consistent);
+    let refused = b.command(begin(&a));
+    assert!(matches!(refused, Some(Err(Refusal::Invalid(_)))), "{refused:?}");
+    for rig in [&mut a, &mut b] {
+        rig.settle();
+    }
+    let now = b.owner().status();
+    assert_eq!((&now.data, now.durable), (&DataState::Consistent, before.durable));
+    assert_eq!(disk(&b), disk(&a), "everything is still applied");
+}
+
+#[test]
+fn a33_a_copy_whose_log_is_gone_at_the_source_starts_anew() {
+    let mut a = primary(6);
+    let mut b = Rig::create(2, 1006, DEVICE);
+    let mut load = Load::new(DEVICE);
+    load.write(&mut a, false);
+    flush(&mut a);
+    begin_sync(&a, &mut b);
+    copy(&a, &mut b, 0, 64 << 10);
+    let done_bytes = |rig: &Rig| rig.owner().status().sync.unwrap().done_bytes;
+    assert_eq!(done_bytes(&b), 64 << 10);
+    ok(b.command(begin(&a)));
+    assert_eq!(done_bytes(&b), 64 << 10, "it goes on");
+    let Command::BeginSync {
+        source,
+        start,
+        lineage,
+        size_bytes,
+        ..
+    } = begin(&a)
+    else {
+        unreachable!("it begins a copy")
+    };
+    let log_start = Lsn(b.owner().status().durable.lsn.0 + 1);
+    ok(b.command(Command::BeginSync {
+        source,
+        start,
+        lineage,
+        size_bytes,
+        log_start,
+    }));
+    assert_eq!(done_bytes(&b), 0, "what would have to be replayed over it is nowhere");
 }

@@ -62,16 +62,20 @@ pub(super) fn disk(rig: &Rig) -> Vec<u8> {
     rig.store.peek(&FileId::Data).unwrap()
 }
 
-pub(super) fn begin_sync(a: &Rig, b: &mut Rig) {
+/// The order to copy from `a`.
+pub(super) fn begin(a: &Rig) -> Command {
     let status = a.owner().status();
-    let lineage = prefix(&status.lineage, status.applied);
-    let command = Command::BeginSync {
+    Command::BeginSync {
         source: a.params.replica,
         start: status.applied,
-        lineage,
+        lineage: prefix(&status.lineage, status.applied),
         size_bytes: status.size_bytes,
-    };
-    ok(b.command(command));
+        log_start: status.log_start,
+    }
+}
+
+pub(super) fn begin_sync(a: &Rig, b: &mut Rig) {
+    ok(b.command(begin(a)));
 }
 
 /// Copies `[from, to)` from the underlying disk of `a`, as far as it differs.
@@ -92,16 +96,7 @@ pub(super) fn copy(a: &Rig, b: &mut Rig, from: usize, to: usize) {
 
 /// A whole sync; `None` when the target died.
 pub(super) fn try_sync(a: &mut Rig, b: &mut Rig) -> Option<()> {
-    let status = a.owner().status().clone();
-    let lineage = prefix(&status.lineage, status.applied);
-    let (source, start, size_bytes) = (a.params.replica, status.applied, status.size_bytes);
-    b.command(Command::BeginSync {
-        source,
-        start,
-        lineage,
-        size_bytes,
-    })?
-    .unwrap();
+    b.command(begin(a))?.unwrap();
     let device = usize::try_from(DEVICE).unwrap();
     for from in (0..device).step_by(device / 4) {
         let (theirs, ours) = (disk(a), disk(b));
