@@ -38,6 +38,12 @@ impl Exchange {
     }
 }
 
+fn too_small(bytes: u64, wanted_bytes: u64) -> Refusal {
+    Refusal::Invalid(format!(
+        "the new disk has {bytes} bytes, the device {wanted_bytes}: it stays on the old one"
+    ))
+}
+
 impl<S: Store> Owner<S> {
     pub(super) fn is_exchanging(&self) -> bool {
         self.exchange.pending.is_some()
@@ -77,9 +83,7 @@ impl<S: Store> Owner<S> {
                 self.moved = true;
                 return;
             }
-            Ok(bytes) => Refusal::Invalid(format!(
-                "the new disk has {bytes} bytes, the device {wanted_bytes}: it stays on the old one"
-            )),
+            Ok(bytes) => too_small(bytes, wanted_bytes),
             Err(error) => Refusal::Io(format!(
                 "the new disk does not tell its size: {error}; the device stays on the old one"
             )),
@@ -112,6 +116,8 @@ impl<S: Store> Owner<S> {
         if self.saved.data == DataState::Syncing {
             let (role, hint) = (self.role, "a copy began meanwhile: exchange the disk after it");
             self.refuse(id, Refusal::WrongRole { role, hint });
+        } else if let Some(bytes) = bytes.filter(|bytes| *bytes < self.size_bytes()) {
+            self.refuse(id, too_small(bytes, self.size_bytes()));
         } else {
             tracing::info!(replica = %self.replica, ?disk, "the data disk is reached in another way from now on");
             self.data = disk;

@@ -204,3 +204,23 @@ fn a_stack_that_cannot_hold_the_device_is_refused_and_reads_that_waited_go_on() 
         "while copying: {refused:?}"
     );
 }
+
+#[test]
+fn a37_a_device_that_grows_while_its_stack_is_exchanged_does_not_end_on_a_disk_that_is_too_small() {
+    let mut rig = primary(8);
+    rig.settle();
+    let larger: Disk = Arc::new(rig.store.create(&FileId::Slot(8), 2 * DEVICE).unwrap());
+    ok(rig.command(Command::ExchangeDisk(larger)));
+    // A read holds up the exchange with a disk that is large enough for the present size, while the device grows.
+    rig.hold = |job| matches!(job, crate::jobs::Job::Read { .. });
+    let range = ByteRange { offset: 0, len: 4096 };
+    assert_eq!(rig.submit(Io::Read { range }).1, Submitted::Later);
+    let small: Disk = Arc::new(rig.store.create(&FileId::Slot(7), DEVICE).unwrap());
+    let exchange = rig.order(Command::ExchangeDisk(small));
+    while rig.run_one_job() {}
+    ok(rig.command(Command::Resize { size_bytes: 2 * DEVICE }));
+    rig.hold = |_| false;
+    rig.settle();
+    let refused = rig.reply(exchange);
+    assert!(matches!(refused, Some(Err(Refusal::Invalid(_)))), "{refused:?}");
+}
