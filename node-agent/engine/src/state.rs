@@ -200,6 +200,13 @@ impl SavedState {
             emergency: None,
         }
     }
+
+    /// Takes note of a designation, unless a newer one was heard of meanwhile: it never goes down.
+    pub fn learn(&mut self, designation: Designation) {
+        if designation.number > self.designation.number {
+            self.designation = designation;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -133,7 +133,7 @@ pub fn plan(todo: &Todo, facts: &Facts) -> Plan {
     match facts.status.role {
         Role::Primary => while_primary(todo, facts, &mut plan),
         Role::Secondary => while_secondary(todo, facts, &mut plan),
-        Role::Promoting => plan.wait("Promoting", "the local log is being replayed before the role is taken"),
+        Role::Promoting => while_promoting(todo, facts, &mut plan),
         Role::Closing => plan.wait("Closing", "the end of the history is being made durable"),
     }
     plan
@@ -212,6 +212,24 @@ fn while_primary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         );
     }
     attach_or_detach(todo, facts, plan);
+}
+
+/// Loading the local log may take long. Who is overruled meanwhile takes no role; one whose own `Close` is still to be written has to.
+fn while_promoting(todo: &Todo, facts: &Facts, plan: &mut Plan) {
+    let ordered = match todo.grant {
+        Grant::Secondary {
+            designation,
+            close_for: None,
+        } => designation,
+        _ => None,
+    };
+    let against = newest_acting(facts)
+        .into_iter()
+        .chain(ordered)
+        .filter(|designation| newer(*designation, facts.status.designation))
+        .max_by_key(|designation| designation.number);
+    plan.steps.extend(against.map(Step::Observe));
+    plan.wait("Promoting", "the local log is being replayed before the role is taken");
 }
 
 /// Why and how a primary has to leave its role.

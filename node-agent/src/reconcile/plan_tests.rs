@@ -605,3 +605,23 @@ mod device_tests;
 
 #[path = "plan/held_tests.rs"]
 mod held_tests;
+
+#[test]
+fn a56_who_is_overruled_while_its_log_is_loaded_takes_no_role() {
+    let mut facts = facts(status(Role::Promoting, 3));
+    let observe = |number| vec![Step::Observe(designation(number))];
+    assert_eq!(plan(&todo(follow(4)), &facts).steps, observe(4));
+    assert_eq!(
+        plan(&todo(close_for_peer(4)), &facts).steps,
+        [],
+        "its Close is still to be written"
+    );
+    facts.peers = vec![peer(5, Role::Secondary)];
+    assert_eq!(
+        plan(&todo(follow(3)), &facts).steps,
+        [],
+        "it may have heard of an order to us"
+    );
+    facts.peers = vec![peer(5, Role::Primary)];
+    assert_eq!(plan(&todo(follow(3)), &facts).steps, observe(5));
+}

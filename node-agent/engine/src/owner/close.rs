@@ -76,7 +76,7 @@ impl<S: Store> Owner<S> {
                         end,
                     };
                     let generation = self.save(|saved| {
-                        saved.designation = close.designation;
+                        saved.learn(close.designation);
                         saved.role = SavedRole::Secondary;
                         saved.released = Some(released);
                     });
@@ -121,7 +121,7 @@ impl<S: Store> Owner<S> {
                 return None;
             }
             None if self.role == Role::Secondary || self.is_drained() => Some(self.save(|saved| {
-                saved.designation = designation;
+                saved.learn(designation);
                 saved.role = SavedRole::Secondary;
             })),
             waiting => waiting,

@@ -254,9 +254,7 @@ impl<S: Store> Owner<S> {
         if self.role == Role::Secondary && self.saved.role != SavedRole::Secondary {
             self.save(|saved| {
                 saved.role = SavedRole::Secondary;
-                if released.designation.number > saved.designation.number {
-                    saved.designation = released.designation;
-                }
+                saved.learn(released.designation);
             });
         }
     }

@@ -117,10 +117,16 @@ impl<S: Store> Owner<S> {
         cause: Option<Cause>,
         stage: Promote,
     ) -> Option<Operation> {
+        if let Err(refusal) = roles::check_designation(self.saved.designation, designation) {
+            self.promotion_overtaken(cause, stage);
+            self.refuse(id, refusal);
+            return None;
+        }
         let next = match stage {
             Promote::Loading => {
                 if let Some(refusal) = self.loading_failed() {
                     self.role = Role::Secondary;
+                    self.changed = true;
                     self.refuse(id, refusal);
                     return None;
                 }
@@ -168,6 +174,28 @@ impl<S: Store> Owner<S> {
             cause,
             stage: next,
         })
+    }
+
+    /// A newer designation was heard of before the epoch began: the role is not taken, and no history forks.
+    fn promotion_overtaken(&mut self, cause: Option<Cause>, stage: Promote) {
+        tracing::warn!(replica = %self.replica, "a newer designation ends a promotion before its epoch");
+        self.role = Role::Secondary;
+        self.resumable = None;
+        self.changed = true;
+        let entry = match stage {
+            Promote::Loading => None,
+            Promote::Saving(_, entry) => entry,
+            Promote::Beginning(entry) => Some(entry),
+        };
+        self.save(|saved| {
+            saved.role = SavedRole::Secondary;
+            if let Some(entry) = entry {
+                saved.lineage.0.retain(|known| known.id != entry.id);
+            }
+            if cause == Some(Cause::Create) && saved.lineage.0.is_empty() {
+                saved.data = DataState::Syncing;
+            }
+        });
     }
 
     pub(super) fn loading_failed(&self) -> Option<Refusal> {

@@ -1,10 +1,12 @@
 //! Roles that change hands, and log that is refused.
 
 use super::pair::{catch_up, disk, flush, pair};
-use super::{designation, for_seeds, ok};
-use crate::api::{Answer, Cause, Command, Io, IoResult, Refusal, Role};
+use super::{DEVICE, designation, for_seeds, ok, primary};
+use crate::api::{Answer, Cause, Command, DataState, Io, IoResult, Refusal, Reply, Role};
+use crate::jobs::Job;
 use crate::log::reader::{LogReader, Next};
-use crate::store_sim::Survival;
+use crate::store_sim::{SimFile, Survival};
+use crate::testing::Rig;
 use crate::types::Lsn;
 use std::time::Duration;
 
@@ -186,4 +188,89 @@ fn a60_log_from_a_clock_more_than_thirty_days_ahead_is_refused_and_the_clock_sta
     b.settle();
     let began = b.owner().status().lineage.0.last().unwrap().lamport;
     assert!(began > chunk.records()[0].header.lamport);
+}
+
+/// Lets a newer designation be known while a change of role is held up at such jobs.
+fn overtaken(mut rig: Rig, order: Command, at: fn(&Job<SimFile>) -> bool) -> (Rig, Option<Reply>) {
+    rig.hold = at;
+    let role = rig.order(order);
+    while rig.run_one_job() {}
+    let observed = rig.order(Command::Observe {
+        designation: designation(9),
+    });
+    rig.hold = |_| false;
+    rig.settle();
+    ok(rig.reply(observed));
+    assert_eq!(rig.owner().status().designation, designation(9));
+    let reply = rig.reply(role);
+    rig.kill();
+    rig.open().unwrap();
+    let status = rig.owner().status();
+    assert_eq!(status.designation, designation(9), "a designation never goes down");
+    assert_eq!((status.role, status.resumable), (Role::Secondary, None));
+    rig.settle();
+    (rig, reply)
+}
+
+#[test]
+fn a56_a_promotion_that_is_overtaken_by_a_newer_designation_begins_no_epoch() {
+    let stages: [fn(&Job<SimFile>) -> bool; 2] = [
+        |job| matches!(job, Job::ReadLog { .. } | Job::Rewrite(_)),
+        |job| matches!(job, Job::SaveSlot(_)),
+    ];
+    for at in stages {
+        let (mut a, mut b, mut load) = pair(21);
+        load.write(&mut a, true);
+        catch_up(&mut a, &mut b);
+        b.settle();
+        let before = b.owner().status().lineage.clone();
+        let promote = Command::Promote {
+            designation: designation(3),
+            cause: Cause::Failover,
+        };
+        b.kill();
+        b.open().unwrap();
+        let (mut b, reply) = overtaken(b, promote, at);
+        assert!(
+            matches!(reply, Some(Err(Refusal::StaleDesignation { .. }))),
+            "{reply:?}"
+        );
+        assert_eq!(b.owner().status().lineage, before);
+        load.write(&mut a, true);
+        catch_up(&mut a, &mut b);
+    }
+    let mut killed = primary(20);
+    let io = Io::Write {
+        offset: 0,
+        data: &[1; 4096],
+        fua: true,
+    };
+    assert_eq!(killed.io(io), Some(IoResult::Done));
+    killed.kill();
+    killed.open().unwrap();
+    let designation = killed.owner().status().resumable.unwrap().designation;
+    let (_, reply) = overtaken(killed, Command::Resume { designation }, stages[0]);
+    assert!(
+        matches!(reply, Some(Err(Refusal::StaleDesignation { .. }))),
+        "{reply:?}"
+    );
+    let create = Command::Promote {
+        designation,
+        cause: Cause::Create,
+    };
+    let (mut blank, _) = overtaken(Rig::create(4, 24, DEVICE), create, stages[1]);
+    assert_eq!(blank.owner().status().data, DataState::Syncing);
+    let again = Command::Promote {
+        designation: super::designation(10),
+        cause: Cause::Create,
+    };
+    ok(blank.command(again));
+}
+
+#[test]
+fn a56_a_designation_that_is_heard_of_while_a_role_ends_is_not_forgotten() {
+    let designation = designation(3);
+    let at: fn(&Job<SimFile>) -> bool = |job| matches!(job, Job::SaveSlot(_) | Job::Sync(_));
+    overtaken(primary(22), Command::StepDown { designation }, at);
+    overtaken(primary(23), Command::Close { designation, to: None }, at);
 }
