@@ -166,6 +166,8 @@ impl ReplicaTask {
                 info!(replica = todo.name, device = %device.node.display(), link = %device.link.display(), "device is ready");
                 Ok(())
             }
+            // An earlier attempt took longer than was waited for.
+            Ok(Err(AttachError::Attached(_))) => Ok(()),
             Ok(Err(error)) => {
                 if let AttachError::Tuning(_) = &error {
                     // To be said again.
@@ -174,6 +176,8 @@ impl ReplicaTask {
                 Err(problem("AttachFailed", &error))
             }
             Err(_) => {
+                // The attempt goes on; how it ends is not heard of, so this is to be said again.
+                running.tuning = None;
                 let message = format!(
                     "the device was not made within {} s: look at the log of the device keeper",
                     ATTACH_LIMIT.as_secs()

@@ -164,11 +164,17 @@ impl ReplicaHandle {
         self.inner.device.borrow().clone()
     }
 
-    /// Makes the block device, or takes over the one a former life of this agent left, and links it.
+    /// Makes the block device, or takes over the one a former life of this agent left, and links it. Goes on when whoever asked stops
+    /// waiting: a device that this handle did not know of would not keep the role from ending under its users.
     ///
     /// # Errors
     /// See [`AttachError`]; unless it says otherwise there is no link then, and no device that was not there before.
     pub async fn attach(&self, params: AttachParams) -> Result<Device, AttachError> {
+        let handle = self.clone();
+        finished(tokio::spawn(async move { handle.make_device(params).await })).await
+    }
+
+    async fn make_device(&self, params: AttachParams) -> Result<Device, AttachError> {
         let _changing = self.inner.changing.lock().await;
         if let Some(device) = self.device_now() {
             return Err(AttachError::Attached(Box::new(device)));
@@ -205,11 +211,16 @@ impl ReplicaHandle {
         Ok(device)
     }
 
-    /// Removes the link, then the device. Without a device there is nothing to do.
+    /// Removes the link, then the device; goes on when whoever asked stops waiting. Without a device there is nothing to do.
     ///
     /// # Errors
     /// See [`DetachError`]; when busy, device and link are as before.
     pub async fn detach(&self) -> Result<(), DetachError> {
+        let handle = self.clone();
+        finished(tokio::spawn(async move { handle.remove_device().await })).await
+    }
+
+    async fn remove_device(&self) -> Result<(), DetachError> {
         let _changing = self.inner.changing.lock().await;
         let Some(device) = self.device_now() else { return Ok(()) };
         let frontends = self.inner.frontends.clone();
@@ -320,7 +331,11 @@ impl ReplicaHandle {
 
 /// Runs blocking device work beside the async runtime.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
+    finished(tokio::task::spawn_blocking(work)).await
+}
+
+async fn finished<T>(task: tokio::task::JoinHandle<T>) -> T {
+    match task.await {
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }

@@ -56,7 +56,7 @@ impl Engine for TellingEngine {
     }
 }
 
-struct TellingFrontend(Story);
+struct TellingFrontend(Story, Duration);
 
 impl BlockFrontend for TellingFrontend {
     fn kind(&self) -> FrontendKind {
@@ -72,6 +72,7 @@ impl BlockFrontend for TellingFrontend {
     }
 
     fn open(&self, params: &OpenParams, _: &Seat) -> Result<Device, FrontendError> {
+        std::thread::sleep(self.1);
         tell(&self.0, format!("device volatile={}", params.volatile_cache));
         Ok(Device {
             kind: FrontendKind::Loop,
@@ -111,34 +112,59 @@ fn tuning(durability: Durability) -> Tuning {
     }
 }
 
-/// Attaches with one durability, changes to the other, and returns the story of each.
-fn story_of(first: Durability, then: Durability) -> [Vec<String>; 2] {
-    let dir = tempfile::tempdir().unwrap();
-    let story = Story::default();
-    let frontends = Frontends::only(Box::new(TellingFrontend(story.clone())), dir.path().to_owned());
+/// A handle whose device takes `delay` to be made, and a runtime to wait in.
+fn handle(dir: &std::path::Path, story: &Story, delay: Duration) -> (ReplicaHandle, tokio::runtime::Runtime) {
+    let frontend = TellingFrontend(story.clone(), delay);
+    let frontends = Frontends::only(Box::new(frontend), dir.to_owned());
     let runtime = Runtime::start(&RuntimeConfig::default(), Arc::new(frontends)).unwrap();
-    let file = tempfile::tempfile_in(dir.path()).unwrap();
+    let file = tempfile::tempfile_in(dir).unwrap();
     file.set_len(1 << 20).unwrap();
     let engine = TellingEngine(PlainEngine::new(file, false).unwrap(), story.clone());
-    let handle = runtime.add("told", Box::new(engine)).unwrap();
-    let take = || std::mem::take(&mut *story.lock().unwrap_or_else(PoisonError::into_inner));
     let waits = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
+    (runtime.add("told", Box::new(engine)).unwrap(), waits)
+}
+
+fn params(durability: Durability) -> AttachParams {
+    AttachParams {
+        name: "told".parse().unwrap(),
+        replica: ReplicaId(uuid::Uuid::nil()),
+        frontend: FrontendChoice::Auto,
+        tuning: tuning(durability),
+        logical_block_bytes: 512,
+    }
+}
+
+/// Attaches with one durability, changes to the other, and returns the story of each.
+fn story_of(first: Durability, then: Durability) -> [Vec<String>; 2] {
+    let (dir, story) = (tempfile::tempdir().unwrap(), Story::default());
+    let (handle, waits) = handle(dir.path(), &story, Duration::ZERO);
+    let take = || std::mem::take(&mut *story.lock().unwrap_or_else(PoisonError::into_inner));
     waits.block_on(async {
-        let params = AttachParams {
-            name: "told".parse().unwrap(),
-            replica: ReplicaId(uuid::Uuid::nil()),
-            frontend: FrontendChoice::Auto,
-            tuning: tuning(first),
-            logical_block_bytes: 512,
-        };
-        handle.attach(params).await.unwrap();
+        handle.attach(params(first)).await.unwrap();
         let attached = take();
         handle.command(Command::SetTuning(tuning(then))).await.unwrap();
         [attached, take()]
     })
+}
+
+#[test]
+fn a55_a_device_that_is_made_after_nobody_waits_for_it_still_keeps_the_role() {
+    let (dir, story) = (tempfile::tempdir().unwrap(), Story::default());
+    let (handle, waits) = handle(dir.path(), &story, Duration::from_millis(300));
+    waits.block_on(async {
+        let given_up =
+            tokio::time::timeout(Duration::from_millis(50), handle.attach(params(Durability::OnFlush))).await;
+        assert!(given_up.is_err(), "it takes longer");
+        let designation = mars_engine::types::Designation::default();
+        let refused = handle.command(Command::StepDown { designation }).await;
+        assert!(matches!(refused, Err(Refusal::WrongRole { .. })), "{refused:?}");
+        assert!(handle.device().borrow().is_some());
+        let again = handle.attach(params(Durability::OnFlush)).await;
+        assert!(matches!(again, Err(AttachError::Attached(_))), "{again:?}");
+    });
 }
 
 #[test]
