@@ -265,18 +265,23 @@ impl Report {
     }
 }
 
+/// Replicas that were given up. The lists of the nodes outlive a status: what was forgotten stays so when the resource is made anew.
+#[must_use]
+pub fn tombstones(world: &World) -> Vec<Uuid> {
+    let stones = world.resource.status.iter().flat_map(|status| &status.tombstones);
+    let objects = world.nodes.values().filter_map(|view| view.object.as_ref());
+    let forgotten = objects.flat_map(|node| &node.spec.forgotten);
+    stones
+        .map(|stone| stone.replica_uuid)
+        .chain(forgotten.map(|forgotten| forgotten.replica_uuid))
+        .collect()
+}
+
 /// All reports about the resource, by node: replica objects first, completed by what the nodes' inventories say.
 /// Forgotten incarnations do not report, and forks with them are no forks any more.
 #[must_use]
 pub fn reports(world: &World) -> Vec<Report> {
-    let stones = world.resource.status.iter().flat_map(|status| &status.tombstones);
-    // The lists of the nodes outlive a status: what was forgotten stays so when the resource is made anew.
-    let objects = world.nodes.values().filter_map(|view| view.object.as_ref());
-    let forgotten = objects.flat_map(|node| &node.spec.forgotten);
-    let tombstones: Vec<Uuid> = stones
-        .map(|stone| stone.replica_uuid)
-        .chain(forgotten.map(|forgotten| forgotten.replica_uuid))
-        .collect();
+    let tombstones = tombstones(world);
     let mut reports: Vec<Report> = world
         .replicas
         .iter()

@@ -158,11 +158,7 @@ fn join(context: &Context<'_>, draft: &mut Draft, member: &ReplicaMember, new_id
     let (Some(resource_uuid), Ok(size_bytes)) = (context.status.uuid, world.resource.spec.size.bytes()) else {
         return;
     };
-    let found = context
-        .reports
-        .iter()
-        .filter(|report| report.node == member.node && world.replica(report.replica_uuid).is_none())
-        .max_by_key(|report| report.designation.map_or(0, |designation| designation.number));
+    let found = context.found_on(&member.node);
     if let Some(larger) = found
         .and_then(|report| report.size_bytes)
         .filter(|found| *found > size_bytes)

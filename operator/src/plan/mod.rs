@@ -119,6 +119,19 @@ impl<'a> Context<'a> {
         object.or_else(|| self.reports.iter().find(|report| report.node == node))
     }
 
+    /// Data of this resource on a node that has no replica object: what would be re-adopted there.
+    pub(crate) fn found_on(&self, node: &str) -> Option<&Report> {
+        self.reports
+            .iter()
+            .filter(|report| report.node == node && self.world.replica(report.replica_uuid).is_none())
+            .max_by_key(|report| report.designation.map_or(0, |designation| designation.number))
+    }
+
+    /// Whether this replica was given up for good.
+    pub(crate) fn is_forgotten(&self, replica_uuid: Uuid) -> bool {
+        crate::world::tombstones(self.world).contains(&replica_uuid)
+    }
+
     /// The holder of the present designation, as it reports itself.
     pub(crate) fn holder(&self) -> Option<&Report> {
         self.designation()?.replica_uuid.and_then(|uuid| self.report(uuid))

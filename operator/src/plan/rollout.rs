@@ -158,39 +158,48 @@ fn known_epoch(designation: &Designation, followed: Option<Uuid>, before: &MarsR
     known.epoch.filter(|_| same_replica && (same_designation || goes_on))
 }
 
-/// All members that are not leaving. An address that cannot be looked up at present stays as it was.
+/// All members that are not leaving. One whose object is missing, and will be made again, still is one: whoever is told of one member less
+/// lets go of the log that was kept for it. An address that cannot be looked up at present stays as it was.
 fn peers(context: &Context<'_>, spec: &MarsReplicaSpec) -> Vec<Peer> {
-    let peer = |replica: &MarsReplica| {
-        let other = &replica.spec;
-        let before = spec.peers.iter().find(|peer| peer.replica_uuid == other.replica_uuid);
-        let object = context
-            .world
-            .nodes
-            .get(&other.node)
-            .and_then(|view| view.object.as_ref());
+    let peer = |(node, replica_uuid): (&str, Uuid)| {
+        let before = spec.peers.iter().find(|peer| peer.replica_uuid == replica_uuid);
+        let object = context.world.nodes.get(node).and_then(|view| view.object.as_ref());
         let status = object.and_then(|object| object.status.as_ref());
         let address = status
             .map(|status| status.address.clone())
             .filter(|address| !address.is_empty());
         Peer {
-            node: other.node.clone(),
+            node: node.to_owned(),
             node_uuid: status
                 .and_then(|status| status.node_uuid)
                 .or_else(|| before.and_then(|peer| peer.node_uuid)),
-            replica_uuid: other.replica_uuid,
+            replica_uuid,
             address: address
                 .or_else(|| before.map(|peer| peer.address.clone()))
                 .unwrap_or_default(),
         }
     };
-    let mut peers: Vec<Peer> = context
+    let present = context
         .world
         .replicas
         .iter()
         .filter(|replica| replica.spec.replica_uuid != spec.replica_uuid)
         .filter(|replica| replica.metadata.deletion_timestamp.is_none())
-        .map(peer)
-        .collect();
+        .map(|replica| (replica.spec.node.as_str(), replica.spec.replica_uuid));
+    let members = &context.world.resource.spec.replicas;
+    let absent = members
+        .iter()
+        .map(|member| member.node.as_str())
+        .filter(|node| *node != spec.node && context.world.replica_on(node).is_none())
+        .filter_map(|node| {
+            let known = spec.peers.iter().find(|peer| peer.node == node);
+            let known = known
+                .map(|peer| peer.replica_uuid)
+                .filter(|uuid| !context.is_forgotten(*uuid));
+            let found = context.found_on(node).map(|report| report.replica_uuid);
+            Some((node, found.or(known)?))
+        });
+    let mut peers: Vec<Peer> = present.chain(absent).map(peer).collect();
     peers.sort_by(|left, right| left.node.cmp(&right.node));
     peers
 }
