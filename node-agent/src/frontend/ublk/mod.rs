@@ -127,15 +127,26 @@ impl UblkFrontend {
         })
     }
 
-    /// Stops the device and gives the owner back to a shard. `claim` is released once nobody can open the device any more.
+    /// Stops the device and gives the owner back to a shard. `claim` is released once nobody can open the device any more. A device that
+    /// does not stop counts as running: it is not gone at the next attempt either.
     fn stop(&self, replica: ReplicaId, delete: bool, claim: Option<OwnedFd>, seat: &Seat) -> Result<(), FrontendError> {
-        let Some(Running { id, returned, ended }) = self.running().remove(&replica) else {
+        let Some(running) = self.running().remove(&replica) else {
             return Ok(());
         };
-        control::stop(id)?;
-        drop(claim);
-        let host = returned.recv_timeout(DEVICE_WAIT).map_err(|_| did_not_end(id))?;
+        let id = running.id;
+        let stopped = control::stop(id).and_then(|()| {
+            drop(claim);
+            running.returned.recv_timeout(DEVICE_WAIT).map_err(|_| did_not_end(id))
+        });
+        let host = match stopped {
+            Ok(host) => host,
+            Err(error) => {
+                self.running().insert(replica, running);
+                return Err(error);
+            }
+        };
         seat.runtime.place(host);
+        let ended = running.ended;
         if ended.recv_timeout(DEVICE_WAIT) == Err(RecvTimeoutError::Timeout) {
             return Err(did_not_end(id));
         }
