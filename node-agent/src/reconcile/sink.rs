@@ -123,6 +123,10 @@ impl Sink {
         let Some(object) = limited(api.get_opt(name)).await? else {
             return Ok(());
         };
+        if object.metadata.deletion_timestamp.is_none() {
+            // It was made anew under this name: its own deletion has not been ordered.
+            return Ok(());
+        }
         let finalizers = object.metadata.finalizers.unwrap_or_default();
         if !finalizers.iter().any(|finalizer| finalizer == REPLICA_FINALIZER) {
             return Ok(());
