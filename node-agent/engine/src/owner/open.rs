@@ -230,6 +230,8 @@ impl<S: Store> Owner<S> {
                 .discarded
                 .extend(std::mem::take(&mut self.stale).into_iter().map(FileId::Segment)),
         }
+        // A crash between the save of what was applied last and this conclusion: nothing else may ever be applied.
+        self.consistency_may_have_come();
         self.saver.request();
     }
 

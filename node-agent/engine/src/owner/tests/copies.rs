@@ -156,3 +156,42 @@ fn a33_a_copy_whose_log_is_gone_at_the_source_starts_anew() {
     }));
     assert_eq!(done_bytes(&b), 0, "what would have to be replayed over it is nowhere");
 }
+
+#[test]
+fn a31_a_death_at_the_very_end_of_a_copy_leaves_nobody_inconsistent_for_ever() {
+    let mut ends = 0;
+    for steps in 0..60 {
+        let mut a = primary(7);
+        let mut b = Rig::create(2, 1007, DEVICE);
+        ok(a.command(Command::SetMembers(vec![b.params.replica])));
+        let mut load = Load::new(DEVICE);
+        load.write(&mut a, false);
+        flush(&mut a);
+        a.settle();
+        begin_sync(&a, &mut b);
+        load.write(&mut a, false);
+        flush(&mut a);
+        a.settle();
+        catch_up(&mut a, &mut b);
+        copy(&a, &mut b, 0, usize::try_from(DEVICE).unwrap());
+        let dirty_end = a.owner().status().dirty_end;
+        b.order(Command::FinishSync { dirty_end });
+        for _ in 0..steps {
+            b.step();
+        }
+        // Nothing is ever written again that could remind it.
+        b.kill();
+        b.open().unwrap();
+        b.settle();
+        let status = b.owner().status();
+        let was_finished = status.sync.is_none_or(|sync| sync.consistent_at.is_some());
+        assert!(
+            !was_finished || status.data == DataState::Consistent,
+            "after {steps} steps: {:?}, {:?}",
+            status.data,
+            status.sync
+        );
+        ends += u32::from(was_finished);
+    }
+    assert!(ends > 10, "the end of the copy was among them: {ends}");
+}
