@@ -22,6 +22,9 @@ use uuid::Uuid;
 
 /// Making a device waits for the keeper and the kernel; beyond this somebody has to look.
 const ATTACH_LIMIT: Duration = Duration::from_secs(90);
+/// Orders are answered at once, or when a disk has done something. Longer than this a replica does not wait: it has to report, and to hear of newer
+/// orders.
+const ORDER_LIMIT: Duration = Duration::from_secs(20);
 /// A role that takes longer to change is watched instead of waited for.
 const ROLE_MOMENT: Duration = Duration::from_secs(2);
 /// A failover replays the local log first.
@@ -134,6 +137,10 @@ impl ReplicaTask {
                     },
                 )
                 .await
+            }
+            Step::GrowDevice => {
+                let grown = running.handle.resize_device().await;
+                grown.map(drop).map_err(|error| problem("ResizeFailed", &error))
             }
             Step::Invalidate(id) => {
                 command(running, Command::Invalidate).await?;
@@ -251,13 +258,19 @@ impl ReplicaTask {
     }
 }
 
+/// Gives an order. One whose answer waits for a store or disk that does not work now goes on by itself, and is given again.
 async fn command(running: &Running, command: Command) -> Outcome {
-    running
-        .handle
-        .command(command)
-        .await
-        .map(drop)
-        .map_err(|refusal| problem(word(&refusal), &refusal))
+    match tokio::time::timeout(ORDER_LIMIT, running.handle.command(command)).await {
+        Ok(reply) => reply.map(drop).map_err(|refusal| problem(word(&refusal), &refusal)),
+        Err(_) => Err(Problem {
+            reason: "EngineWaits",
+            message: format!(
+                "the engine has not carried out an order within {} s: its other conditions say what log store, saved state or data \
+                 disk lack",
+                ORDER_LIMIT.as_secs()
+            ),
+        }),
+    }
 }
 
 /// A refusal in one word.

@@ -122,6 +122,8 @@ pub struct Facts {
     pub device: Presence,
     /// The device shows an older, smaller size until it is made anew: this kernel cannot grow an open one.
     pub resize_pending: bool,
+    /// The device shows a smaller size for no such reason: it was not told yet.
+    pub device_behind: bool,
     /// Other members.
     pub peers: Vec<PeerFacts>,
     /// See [`Evidence`].

@@ -69,6 +69,8 @@ pub enum Step {
     GrowDisk(u64),
     /// Append a RESIZE record and let the device grow.
     Resize(u64),
+    /// Let the device grow to the size that the engine has already.
+    GrowDevice,
     /// Throw away log and claim of consistency.
     Invalidate(Uuid),
     /// The order to believe a copy has come to data that is consistent without it: it must not wait for a later copy.
@@ -323,6 +325,7 @@ fn attach_or_detach(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         (Presence::Served { .. }, true) if facts.resize_pending && facts.device.in_use().is_none() => {
             plan.steps.extend([Step::Detach, Step::Attach]);
         }
+        (Presence::Served { .. }, true) if facts.device_behind => plan.steps.push(Step::GrowDevice),
         (Presence::Unknown { reason }, false) => plan.wait("DeviceUnknown", device_unknown(reason)),
         (Presence::Served { .. }, true) | (Presence::Absent | Presence::GivenUp { .. }, false) => {}
     }

@@ -126,6 +126,7 @@ pub(in crate::reconcile) fn facts(status: ReplicaStatus) -> Facts {
             _ => Presence::Absent,
         },
         resize_pending: false,
+        device_behind: false,
         status: Arc::new(status),
         tuning: Some(tuning()),
         disk_bytes: 1 << 20,
@@ -337,6 +338,12 @@ fn a37_a_device_that_cannot_grow_while_open_is_made_anew_once_nobody_uses_it() {
     assert_eq!(plan(&order, &facts).steps, [Step::Detach, Step::Attach]);
     facts.device = Presence::Served { users: users() };
     assert_eq!(plan(&order, &facts), Plan::default(), "its users go on");
+    (facts.resize_pending, facts.device_behind) = (false, true);
+    assert_eq!(
+        plan(&order, &facts).steps,
+        [Step::GrowDevice],
+        "one that was not told is told"
+    );
 }
 
 #[test]

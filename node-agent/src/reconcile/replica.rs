@@ -364,12 +364,8 @@ impl ReplicaTask {
             Grant::Secondary { .. } => true,
             Grant::Primary { .. } => !todo.attach,
         };
-        let resize_pending = running
-            .handle
-            .device()
-            .borrow()
-            .as_ref()
-            .is_some_and(|device| device.resize_pending);
+        let device = running.handle.device().borrow().clone();
+        let resize_pending = device.as_ref().is_some_and(|device| device.resize_pending);
         running.measure_disk(&todo.name);
         running
             .look(
@@ -391,6 +387,7 @@ impl ReplicaTask {
             copying: peers.sync_source.is_some(),
             device: running.device.presence(),
             resize_pending,
+            device_behind: device.is_some_and(|device| !device.resize_pending && device.size_bytes < status.size_bytes),
             peers: peers::peer_facts(todo, &peers),
             evidence: peers::evidence(
                 todo,
