@@ -134,7 +134,10 @@ pub fn plan(todo: &Todo, facts: &Facts) -> Plan {
     configure(todo, facts, &mut plan);
     match facts.status.role {
         Role::Primary => while_primary(todo, facts, &mut plan),
-        Role::Secondary => while_secondary(todo, facts, &mut plan),
+        Role::Secondary => {
+            while_secondary(todo, facts, &mut plan);
+            grow(todo, facts, &mut plan);
+        }
         Role::Promoting => while_promoting(todo, facts, &mut plan),
         Role::Closing => plan.wait("Closing", "the end of the history is being made durable"),
     }
@@ -156,6 +159,10 @@ fn configure(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     if facts.tuning != Some(todo.tuning) {
         plan.steps.push(Step::SetTuning(todo.tuning));
     }
+}
+
+/// Last of all: a disk that cannot grow must not keep anybody from a role, or from a device.
+fn grow(todo: &Todo, facts: &Facts, plan: &mut Plan) {
     if todo.size_bytes > facts.disk_bytes {
         if facts.done.detached.is_none() {
             plan.steps.push(Step::GrowDisk(todo.size_bytes));
@@ -202,9 +209,6 @@ fn while_primary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         ),
         _ => {}
     }
-    if todo.size_bytes > facts.status.size_bytes {
-        plan.steps.push(Step::Resize(todo.size_bytes));
-    }
     let open = facts.done.open(todo.one_shots);
     plan.steps.extend(open.rotate.map(Step::Rotate));
     if open.invalidate.is_some() {
@@ -214,6 +218,10 @@ fn while_primary(todo: &Todo, facts: &Facts, plan: &mut Plan) {
         );
     }
     attach_or_detach(todo, facts, plan);
+    grow(todo, facts, plan);
+    if todo.size_bytes > facts.status.size_bytes {
+        plan.steps.push(Step::Resize(todo.size_bytes));
+    }
 }
 
 /// Loading the local log may take long. Who is overruled meanwhile takes no role; one whose own `Close` is still to be written has to.

@@ -119,6 +119,12 @@ pub fn start(node: Arc<NodeContext>, order: Order, tracker: &tokio_util::task::T
     }
 }
 
+/// How long to wait after so many failures in a row.
+fn pause_after(failures: u32) -> Duration {
+    let longest = TICK.saturating_mul(1 << failures.min(8)).min(RETRY_MAX);
+    longest.mul_f64(rand::rng().random_range(0.5..1.0))
+}
+
 impl ReplicaTask {
     pub(super) fn order(&self) -> Order {
         self.orders.borrow().clone()
@@ -282,11 +288,9 @@ impl ReplicaTask {
 
     /// Waits longer after each failure; a new order ends the wait. `Err`: the agent stops.
     pub(super) async fn pause(&mut self, failures: u32) -> Result<(), ()> {
-        let longest = TICK.saturating_mul(1 << failures.min(8)).min(RETRY_MAX);
-        let pause = longest.mul_f64(rand::rng().random_range(0.5..1.0));
         tokio::select! {
             () = self.node.stop.cancelled() => Err(()),
-            () = tokio::time::sleep(pause) => Ok(()),
+            () = tokio::time::sleep(pause_after(failures)) => Ok(()),
             changed = self.orders.changed() => changed.map_err(drop),
             ask = self.asks.recv() => {
                 if let Some(Ask::Failover(answer)) = ask {
@@ -482,11 +486,14 @@ impl ReplicaTask {
         }
     }
 
-    /// Until something has changed, or it is time to look again. `Err`: the agent stops.
+    /// Until something has changed, or it is time to look again: after failures later, and only for what people say. `Err`: the agent stops.
     async fn wait(&mut self, running: &mut Running) -> Result<(), ()> {
-        if running.failures > 0 {
-            return self.pause(running.failures).await;
-        }
+        let has_failed = running.failures > 0;
+        let pause = if has_failed {
+            pause_after(running.failures)
+        } else {
+            TICK
+        };
         tokio::select! {
             () = self.node.stop.cancelled() => return Err(()),
             changed = self.orders.changed() => return changed.map_err(drop),
@@ -498,7 +505,7 @@ impl ReplicaTask {
                 }
                 return Ok(());
             }
-            changed = running.engine.changed() => {
+            changed = running.engine.changed(), if !has_failed => {
                 if changed.is_err() {
                     // Its engine has stopped after a failed assertion: looked at once per tick until the agent is restarted.
                     let message = "the engine has stopped; its device pauses. Look at the agent's log, then restart the agent".into();
@@ -506,12 +513,12 @@ impl ReplicaTask {
                     tokio::time::sleep(TICK).await;
                 }
             }
-            changed = running.line.now.changed() => {
+            changed = running.line.now.changed(), if !has_failed => {
                 if changed.is_err() {
                     tokio::time::sleep(TICK).await;
                 }
             }
-            () = tokio::time::sleep(TICK) => return Ok(()),
+            () = tokio::time::sleep(pause) => return Ok(()),
         }
         tokio::time::sleep(SETTLE).await;
         Ok(())

@@ -176,6 +176,37 @@ fn a51_a56_a_local_failover_needs_the_acknowledgement_and_the_old_primary_report
 }
 
 #[test]
+fn p9_a_disk_that_cannot_grow_keeps_nobody_from_a_role_or_a_device() {
+    let cluster = Cluster::new(2);
+    let spec = Spec::new("large", &cluster.nodes);
+    cluster.start();
+    cluster.create(&spec);
+    let [a, b] = &cluster.nodes[..] else { unreachable!() };
+    write_synced(&a.wait_device("large"), 0, &pattern(5, 1 << 20));
+    let shipped = lsn(&a.status("large").unwrap());
+    b.wait_for("large", "everything", |status| lsn(status) >= shipped);
+    let larger = |role: Value| {
+        let mut order = json!({"designation": designation(1), "sizeBytes": 1_u64 << 50, "established": true});
+        order.as_object_mut().unwrap().extend(role.as_object().unwrap().clone());
+        order
+    };
+    cluster.order(&spec, a, &larger(json!({"role": "Primary", "cause": "Create"})));
+    cluster.order(&spec, b, &larger(json!({})));
+    let refused = |status: &Value| status["conditions"].to_string().contains("DiskTooSmall");
+    for node in [a, b] {
+        node.wait_for("large", "no room", refused);
+    }
+    a.kill_agent();
+    a.start_agent();
+    assert_eq!(read(&a.wait_device("large"), 0, 1 << 20), pattern(5, 1 << 20));
+    a.kill_agent();
+    let acknowledged = json!({"resource": "large", "acknowledge": spec.resource_uuid});
+    let (code, done) = b.ask("POST", "/failover", &acknowledged).unwrap();
+    assert_eq!(code, 200, "{done}");
+    assert_eq!(read(&b.wait_device("large"), 0, 1 << 20), pattern(5, 1 << 20));
+}
+
+#[test]
 fn a56_after_a_reboot_a_primary_waits_for_evidence() {
     let cluster = Cluster::new(2);
     let spec = Spec::new("booted", &cluster.nodes);
