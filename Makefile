@@ -9,6 +9,7 @@ help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: setup ## A three-node cluster on this machine: replicate, hand over, fail over, come back (about 2 minutes)
+	@echo 'building (the first time: some minutes)' >&2
 	@cargo build --quiet -p mars-local -p mars-node-agent -p mars-operator -p mars-e2e --bins
 	@exec $${CARGO_TARGET_DIR:-target}/debug/mars-demo
 
