@@ -47,11 +47,39 @@ pub(super) fn readopt(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn
             .max_by_key(|report| under(report));
         newest.filter(|_| all_heard)
     });
+    let unlearned = holder_may_be_unlearned(context, number);
+    if !unlearned.is_empty() {
+        draft.not_ready = Some(Note {
+            reason: Reason::Readopting,
+            message: format!(
+                "agents know designation {number} and nobody says to be its holder yet: waits until {} can tell. If that does not \
+                 come, choose with a MarsAction Failover",
+                unlearned.join(", ")
+            ),
+        });
+        return;
+    }
     let Some(chosen) = chosen.filter(|chosen| chosen.heard) else {
         draft.not_ready = Some(explain(context, chosen));
         return;
     };
     propose(context, draft, new_id, chosen, number);
+}
+
+/// A failover that was acknowledged on a node while the API was away: a third member may tell of its designation before its holder does.
+/// Whoever does not know the newest designation has an old report, and may be the holder; the members tell each other within seconds.
+fn holder_may_be_unlearned(context: &Context<'_>, number: i64) -> Vec<String> {
+    let is_newer = context.designation().is_some_and(|recorded| recorded.number < number);
+    let holder_reports = context
+        .reports
+        .iter()
+        .any(|report| report.primary_under.is_some_and(|token| token.number == number));
+    if !is_newer || holder_reports {
+        return Vec::new();
+    }
+    let knows = |report: &&Report| report.designation.is_some_and(|token| token.number >= number);
+    let unlearned = context.reports.iter().filter(|report| report.heard && !knows(report));
+    unlearned.map(|report| report.node.clone()).collect()
 }
 
 fn propose(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn FnMut() -> Uuid, chosen: &Report, number: i64) {
