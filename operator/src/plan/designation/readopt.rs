@@ -66,15 +66,19 @@ pub(super) fn readopt(context: &Context<'_>, draft: &mut Draft, new_id: &mut dyn
     propose(context, draft, new_id, chosen, number);
 }
 
-/// A failover that was acknowledged on a node while the API was away: a third member may tell of its designation before its holder does.
-/// Whoever does not know the newest designation has an old report, and may be the holder; the members tell each other within seconds.
+/// Who may hold the newest designation without having said so: it can stem from a failover that a node acknowledged while the API was away, and
+/// a third member may tell of it before its holder does. A report that does not know it is an old one. Nobody is waited for if the record knows
+/// the designation, if its holder has reported, or if a `Close` under it says who follows.
 fn holder_may_be_unlearned(context: &Context<'_>, number: i64) -> Vec<String> {
     let is_newer = context.designation().is_some_and(|recorded| recorded.number < number);
-    let holder_reports = context
-        .reports
-        .iter()
-        .any(|report| report.primary_under.is_some_and(|token| token.number == number));
-    if !is_newer || holder_reports {
+    let tells_holder = |report: &Report| {
+        let held = report.primary_under.is_some_and(|token| token.number == number);
+        held || report
+            .released
+            .as_ref()
+            .is_some_and(|released| released.number == number)
+    };
+    if !is_newer || context.reports.iter().any(tells_holder) {
         return Vec::new();
     }
     let knows = |report: &&Report| report.designation.is_some_and(|token| token.number >= number);
